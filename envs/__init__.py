@@ -1,0 +1,65 @@
+"""The environments, registered with Gymnasium: gym.make("envs:SO101Paper-v0"), gym.make_vec(...), envs.make_vec(...)."""
+
+import inspect
+import types
+import typing
+from typing import Any
+
+import gymnasium as gym
+
+from envs.batch_env import BatchEnv, GymVec
+from envs.run import UserError
+
+gym.register("SO101Paper-v0", "envs.so101:SO101PaperEnv", vector_entry_point="envs.so101:SO101Paper")
+
+OURS = ("SO101Paper-v0",)
+
+
+def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any) -> BatchEnv | GymVec:
+    """A vector environment with SAME_STEP autoreset, info["final_obs"] and info["episode"], ours or Gymnasium's.
+
+    Gymnasium's own environments know neither `training` nor `split` nor `threads`; for them these are dropped.
+    With a seed it is also reset.
+
+    Raises:
+        UserError: unknown environment, unknown argument, or an argument of the wrong type or value.
+    """
+    try:
+        spec = gym.spec(env_id.removeprefix("envs:"))
+    except gym.error.Error:
+        raise UserError(f"unknown environment {env_id!r}; ours are {', '.join(OURS)}, others as Gymnasium lists them") from None
+    if num_envs < 1:
+        raise UserError(f"num_envs must be at least 1, not {num_envs}")
+    try:
+        if spec.vector_entry_point is None:
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("training", "split", "threads")}
+            vec = GymVec(spec.id, num_envs, **kwargs)
+        else:
+            cls = gym.envs.registration.load_env_creator(spec.vector_entry_point)
+            check_kwargs(cls, kwargs)
+            vec = cls(num_envs=num_envs, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{spec.id}: {error}") from error
+    if seed is not None:
+        vec.reset(seed=seed)
+    return vec
+
+
+def check_kwargs(cls: type, kwargs: dict) -> None:
+    """Compare an environment's arguments with the annotations of its constructor.
+
+    Raises:
+        TypeError: an unknown name, or a value of another type.
+    """
+    parameters = {name: p for name, p in inspect.signature(cls).parameters.items() if name != "num_envs"}
+    for name, value in kwargs.items():
+        if name not in parameters:
+            raise TypeError(f"no argument {name!r}; it has {', '.join(parameters)}")
+        annotation = parameters[name].annotation
+        union = isinstance(annotation, types.UnionType)
+        allowed = typing.get_args(annotation) if union else (annotation,)
+        # an int will do where a float is meant; a bool is an int only to Python
+        fits = any(isinstance(value, t) and not (isinstance(value, bool) and t is not bool) for t in allowed)
+        if not fits and not (float in allowed and type(value) is int):
+            expected = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
+            raise TypeError(f"{name} must be {expected}, not {value!r}")

@@ -1,0 +1,477 @@
+"""What a training run writes and how it is read back; and the manners of a command line: flags, signals, one-line errors."""
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import pickle
+import platform
+import signal
+import subprocess
+import sys
+import time
+import types
+import typing
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, replace
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import nn
+
+PACKAGES = ("torch", "gymnasium", "mujoco", "numpy", "onnxruntime")
+MAY_DIFFER = ("resume", "total_timesteps", "run_root", "run_name", "track")  # between a run and its continuation
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: the message says what is wrong and what to do."""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM, raised wherever the program happens to be."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+# The command line
+
+
+@contextlib.contextmanager
+def command_line() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted and exit with 130 and 143; a user's mistake ends in one line and status 2,
+    numbers that are not finite in one line and status 1."""
+
+    def interrupt(signum: int, frame: types.FrameType | None) -> None:
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_IGN)  # a second one must not cut short the saving that this one begins
+        raise Interrupted(signum)
+
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, interrupt)
+    try:
+        yield
+    except (UserError, OSError, FloatingPointError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    except Interrupted as interrupted:
+        print(f"\n{interrupted}: stopped", file=sys.stderr)
+        sys.exit(128 + interrupted.signum)
+
+
+def parse(args_class: type, tuned: Callable[[Any], dict], argv: list[str] | None = None) -> Any:
+    """The command line as an Args. What it leaves out comes from the run to resume, the policy to evaluate or the
+    --config file, or else from tuned(args), the settings of the chosen task; --help shows the values in force."""
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = tyro.cli(args_class, args=[arg for arg in argv if arg not in ("-h", "--help")])
+    if chosen.resume is not None:
+        defaults = args_from(args_class, load_checkpoint(find_checkpoint(chosen.resume))["args"], chosen.resume)
+    elif chosen.evaluate is not None and is_policy_path(chosen.evaluate):
+        defaults = args_from(args_class, load_policy(chosen.evaluate)["args"], chosen.evaluate)
+    elif chosen.config is not None:
+        defaults = args_from(args_class, load_config(chosen.config), chosen.config)
+    else:
+        defaults = replace(args_class(), **tuned(chosen))
+    if chosen.resume is None:
+        # where a run came from and where it lies is no setting of the next one
+        own = ("resume", "pretrained", "evaluate", "config", "run_root", "run_name")
+        defaults = replace(defaults, **{name: getattr(args_class(), name) for name in own})
+    return tyro.cli(args_class, default=defaults, args=argv)
+
+
+def args_from(args_class: type, values: dict, source: str) -> Any:
+    """An Args from a dict read from `source`.
+
+    Raises:
+        UserError: a name that Args does not have, or a value of another type.
+    """
+    types_of = {field.name: field.type for field in fields(args_class)}
+    for name, value in values.items():
+        if name not in types_of:
+            raise UserError(f"{source}: unknown setting {name!r}; --help lists the settings")
+        if isinstance(value, list):
+            value = tuple(value)  # JSON knows no tuples
+        if not fits(value, types_of[name]):
+            raise UserError(f"{source}: {name} cannot be {value!r}; --help says what it takes")
+        values = {**values, name: value}
+    return args_class(**values)
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of the annotated type; an int will do where a float is meant."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, option) for option in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is not None:
+        return isinstance(value, origin)
+    if isinstance(value, bool):  # which to Python is an int
+        return annotation is bool
+    return isinstance(value, (int, float) if annotation is float else annotation)
+
+
+def load_config(path: str) -> dict:
+    """The settings in a JSON file: a run's config.json, or one written by hand such as {"learning_rate": 0.001}."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; --config takes a run's config.json or {{'setting': value}} in JSON")
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold one JSON object of settings, such as {{'learning_rate': 0.001}}")
+    return content.get("args", content)
+
+
+def require_finite(what: str, x: np.ndarray | torch.Tensor, step: int) -> None:
+    """x (N, ...) has a row for each environment.
+
+    Raises:
+        FloatingPointError: names the step and the environment of the first value that is not finite.
+    """
+    finite = np.isfinite(x) if isinstance(x, np.ndarray) else torch.isfinite(x)
+    if not finite.all():
+        row = int(finite.reshape(len(x), -1).all(1).argmin()) if isinstance(x, np.ndarray) else int(
+            finite.reshape(len(x), -1).all(1).int().argmin()
+        )
+        raise FloatingPointError(f"{what} not finite at step {step} in environment {row}; the last checkpoint is intact")
+
+
+# Files: written whole or not at all
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write beside the target, flush to the disk, then rename: a crash leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror}); what was there before is intact") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
+
+
+def save(path: Path, content: dict) -> None:
+    """A dict of tensors, arrays and plain values, in torch's format."""
+    buffer = io.BytesIO()
+    torch.save(plain(content), buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def plain(x: Any) -> Any:
+    """With tensors for numpy's arrays and Python numbers for its scalars, so that it loads with weights_only=True."""
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return type(x)(plain(value) for value in x)
+    if isinstance(x, np.ndarray):
+        return torch.as_tensor(x)
+    return x.item() if isinstance(x, np.generic) else x
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def load(path: Path) -> dict:
+    """A .pt file of ours.
+
+    Raises:
+        UserError: the file is missing, damaged, or something else.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: empty, damaged or not a file of this project; use another checkpoint") from error
+    if not isinstance(content, dict) or not {"kind", "agent", "env_id", "args"} <= content.keys():
+        raise UserError(f"{path}: not a policy of this project; give best.pt, final.pt or checkpoints/step_*.pt of a run")
+    return content
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A .pt file that holds all that resuming needs."""
+    checkpoint = load(path)
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{path}: a policy without its training state; --pretrained starts from one, --resume cannot")
+    return checkpoint
+
+
+def is_policy_path(name: str) -> bool:
+    """Whether --evaluate's argument is a policy file or a run directory, not the name of a scripted controller."""
+    return name.endswith(".pt") or os.sep in name.removesuffix(".onnx") and not name.startswith("blend:") or Path(name).is_dir()
+
+
+def load_policy(path: str, kind: str | None = None) -> dict:
+    """A policy file, or best.pt of a run directory; with `kind` (policy, residual) another kind is refused."""
+    file = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+    policy = load(file)
+    if kind is not None and policy["kind"] != kind:
+        raise UserError(f"{file}: holds a {policy['kind']}, where a {kind} is needed; use the script that trained it")
+    return policy
+
+
+def find_checkpoint(path: str) -> Path:
+    """The file itself, or a run directory's newest readable checkpoint; damaged ones are skipped and named."""
+    if not Path(path).is_dir():
+        return Path(path)
+    found = []
+    for file in [*Path(path).glob("checkpoints/step_*.pt"), *Path(path).glob("interrupted.pt"), *Path(path).glob("final.pt")]:
+        try:
+            found.append((load_checkpoint(file)["step"], file))
+        except UserError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+    if not found:
+        raise UserError(f"{path}: no readable checkpoint in this directory; --resume takes a run directory or a .pt file")
+    return max(found)[1]
+
+
+def load_agent(agent: nn.Module, policy: dict, source: str) -> None:
+    """Copy actor, critic and normaliser from a policy file.
+
+    Raises:
+        UserError: the networks have other sizes.
+    """
+    own = agent.state_dict()
+    for name in [*own, *policy["agent"]]:
+        shapes = [tuple(state[name].shape) if name in state else "absent" for state in (policy["agent"], own)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{source}: {name} is {shapes[0]} there, {shapes[1]} here; use the same --hidden-sizes and task")
+    agent.load_state_dict(policy["agent"])
+
+
+def export_onnx(policy: nn.Module, obs_dim: int, path: Path, kind: str) -> None:
+    """input obs (batch, obs_dim) -> output action; the kind (policy, residual) stands in the file's metadata."""
+    buffer = io.BytesIO()
+    program = torch.onnx.export(
+        policy.eval(),
+        (torch.zeros(2, obs_dim),),
+        input_names=["obs"],
+        output_names=["action"],
+        dynamic_shapes={"obs": {0: torch.export.Dim("batch")}},
+        dynamo=True,
+        verbose=False,
+    )
+    program.model.metadata_props["kind"] = kind
+    program.save(buffer)
+    write_whole(path, buffer.getvalue())
+
+
+# The run directory
+
+
+class Run:
+    """A run's directory, and the context in which it trains: whatever ends the training leaves a summary, and a signal
+    also leaves `snapshot` (the whole state at the start of the iteration) as interrupted.pt.
+
+    Args:
+        script: name of the training script.
+        args: its Args.
+        resumed: the checkpoint it continues from, if any: logs are cut after its step.
+        parents: files the run depends on, with their role: {"pretrained": path}.
+    """
+
+    def __init__(self, script: str, args: Any, resumed: dict | None = None, parents: dict[str, str] | None = None):
+        self.args, self.start_time, self.start_step = args, time.time(), resumed["step"] if resumed else 0
+        self.snapshot: dict | None = None
+        self.finished = False
+        self.folder, source = self._folder(script, args)
+        try:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=source == self.folder)
+        except FileExistsError:
+            raise UserError(f"{self.folder} exists; choose another --run-name, or continue it with --resume") from None
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be made ({error.strerror}); choose another --run-root") from None
+        if source is not None:
+            self._cut_logs(source)
+        self.config = {
+            "script": script,
+            "env_id": args.env_id,
+            "args": asdict(args),
+            "git_commit": git_commit(),
+            "python": platform.python_version(),
+            "packages": {name: version(name) for name in PACKAGES},
+            "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
+            "start_time": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "parents": {role: {"path": path, "sha256": sha256(path)} for role, path in (parents or {}).items()},
+        }
+        write_json(self.folder / "config.json", self.config)
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and evaluation does without
+
+        self.writer = SummaryWriter(self.folder, purge_step=self.start_step + 1 if resumed else None)
+        self.wandb = start_wandb(self) if args.track else None
+
+    def _folder(self, script: str, args: Any) -> tuple[Path, Path | None]:
+        """Where the run lies, and where the run lies that it continues."""
+        source = None
+        if args.resume is not None:
+            path = Path(args.resume).resolve()
+            source = path if path.is_dir() else path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        if args.run_name is not None and not (source is not None and args.run_name == source.name):
+            return Path(args.run_root) / args.run_name, source
+        if source is not None:
+            return source, source
+        name = f"{script}__{args.env_id.replace('/', '-')}__seed{args.seed}__{datetime.now():%Y%m%d-%H%M%S}"
+        folder, count = Path(args.run_root) / name, 1
+        while folder.exists():  # two runs begun in the same second
+            count += 1
+            folder = Path(args.run_root) / f"{name}-{count}"
+        return folder, None
+
+    def _cut_logs(self, source: Path) -> None:
+        """Keep of the logs in `source` what the resumed checkpoint had seen; a torn last line goes too."""
+        for name in ("evaluations.jsonl", "episodes.jsonl"):
+            write_whole(self.folder / name, "".join(
+                json.dumps(row) + "\n" for row in read_jsonl(source / name) if row["step"] <= self.start_step
+            ).encode())
+        self._write_progress([row for row in read_progress(source / "progress.csv") if int(row["step"]) <= self.start_step])
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        print(file=sys.stderr, end="\n" if sys.stderr.isatty() else "")
+        if not self.finished and isinstance(error, Interrupted | KeyboardInterrupt):
+            if self.snapshot is not None:
+                save(self.folder / "interrupted.pt", self.snapshot)
+            self.summarize("interrupted", self.snapshot["step"] if self.snapshot else self.start_step)
+        elif not self.finished and error is not None:
+            with contextlib.suppress(UserError):  # such as a full disk: the error itself is what the user must see
+                self.summarize("failed", self.snapshot["step"] if self.snapshot else self.start_step, error=str(error))
+        self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def finish(self, step: int, **figures: Any) -> dict:
+        """The run is complete."""
+        self.finished = True
+        return self.summarize("completed", step, **figures)
+
+    def summarize(self, status: str, step: int, **figures: Any) -> dict:
+        """Write and return summary.json."""
+        wall = time.time() - self.start_time
+        summary = {
+            "status": status,
+            "run": str(self.folder),
+            "steps": step,
+            "resumed_from_step": self.start_step or None,
+            "wall_time_s": round(wall, 2),
+            "steps_per_second": round((step - self.start_step) / wall, 1),
+            **figures,
+            "parents": self.config["parents"],
+            "sha256": {
+                str(file.relative_to(self.folder)): sha256(file)
+                for file in sorted([*self.folder.rglob("*.pt"), *self.folder.glob("*.onnx")])
+            },
+        }
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+    def save(self, name: str, content: dict) -> None:
+        save(self.folder / name, content)
+
+    def log(self, step: int, scalars: dict[str, float | None]) -> None:
+        """To TensorBoard, progress.csv and Weights & Biases; None where a figure does not exist yet."""
+        for name, value in scalars.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log({name: value for name, value in scalars.items() if value is not None}, step=step)
+        row = {"step": step, **scalars}
+        path = self.folder / "progress.csv"
+        with open(path, "a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def _write_progress(self, rows: list[dict]) -> None:
+        buffer = io.StringIO(newline="")
+        if rows:
+            writer = csv.DictWriter(buffer, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        write_whole(self.folder / "progress.csv", buffer.getvalue().encode())
+
+    def append(self, name: str, rows: list[dict]) -> None:
+        """Add lines to a .jsonl log."""
+        with open(self.folder / name, "a") as file:
+            file.writelines(json.dumps(plain(row)) + "\n" for row in rows)
+
+    def status(self, step: int, total: int, episode_return: float | None, success: float | None) -> None:
+        """One line, updated in place."""
+        elapsed = max(time.time() - self.start_time, 1e-9)
+        sps = (step - self.start_step) / elapsed
+        parts = [f"{step:>9,}/{total:,} steps", f"{sps:,.0f} steps/s"]
+        if episode_return is not None:
+            parts.append(f"return {episode_return:.2f}")
+        if success is not None:
+            parts.append(f"success {success:.2f}")
+        parts.append(f"{(total - step) / max(sps, 1e-9):.0f} s left")
+        if sys.stderr.isatty():
+            print("\r" + "  ".join(parts).ljust(90), end="", file=sys.stderr, flush=True)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The lines of a .jsonl log; a torn line is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def read_progress(path: Path) -> list[dict]:
+    """The rows of a progress.csv as strings; a torn row is left out."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+
+
+def start_wandb(run: Run) -> Any:
+    """Weights & Biases; without a login it logs offline into the run directory."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--track needs Weights & Biases: pip install -e '.[track]'") from None
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    return wandb.init(project="robot-ppo", name=run.folder.name, dir=run.folder, config=run.config, mode=mode)
+
+
+def git_commit() -> str | None:
+    """The commit of this code, "+" marking uncommitted changes; None outside a git checkout."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changes else "")
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,277 @@
+"""SO101Paper-v0: an SO-101 arm drags a sheet of paper into a taped frame."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+from mujoco.batch import Batch
+
+from envs.batch_env import BatchEnv, SingleEnv
+
+ASSET = Path(__file__).parent / "assets" / "so101_paper.xml"
+SUBSTEPS = 12  # of 1/360 s: the policy acts at 30 Hz
+MAX_EPISODE_STEPS = 400
+MAX_DELTA = 0.04  # rad per step: bound of the action
+LEASH = 0.06  # rad: how far the target of a joint may run ahead of the joint
+READY = np.array([0, -0.108, 0.492, 0.866, 0, 0])  # rad: gripper over the frame, fingertips 3 cm above the table
+
+GOAL = np.array([0.25, 0.0])  # m: centre of the frame
+HALF_SHEET = np.array([0.074, 0.105])  # m: A5
+MAX_OFFSET = np.array([0.07, 0.12])  # m: where the sheet starts, relative to the goal ...
+MIN_OFFSET = 0.06  # m: ... but no nearer than this
+MAX_YAW = 0.3  # rad
+TABLE_FRICTION, TIP_FRICTION = 0.6, 1.3  # of the sheet on the table, of a fingertip on the sheet
+TABLE_RANGE, TIP_RANGE = (0.8, 1.2), (0.85, 1.15)  # randomisation: factors of the two
+HOLD_STEPS = 5  # consecutive steps inside the frame that make a success
+
+ARM, SHEET = slice(0, 6), slice(6, 9)  # in qpos: pan, lift, elbow, wrist flex, wrist roll, gripper; sheet x, y, yaw
+OBS_HIGH = np.array([3.2] * 6 + [20] * 6 + [1] * 13, np.float32)
+
+
+class SO101Paper(BatchEnv):
+    """An SO-101 arm drags an A5 sheet into a taped frame and must turn it until every corner lies inside.
+
+    Observation (25): joint positions 6 (rad), joint velocities 6 (rad/s), sheet position 3 (m) and quaternion 4 (wxyz),
+    goal vector 3 (sheet to frame centre, m), end-effector position 3 (m), all in the robot's base frame, clipped to its
+    bounds. Action (6): change of the joints' targets, rad, within +-0.04: pan, lift, elbow, wrist flex, wrist roll,
+    gripper. The target is integrated, so zero holds the pose; a leash keeps it within 0.06 rad of the joint.
+
+    The task (training=False): the sheet starts up to 7 cm (x) and 12 cm (y), at least 6 cm, from the goal, turned by up
+    to 0.3 rad; friction of sheet and fingertips varies. Success: all corners inside for 5 steps in a row, which ends
+    the episode with +10; every step costs 0.01; 400 steps of 1/30 s.
+
+    Training adds Phi(s') - Phi(s), Phi = -5 reach - 30 overhang - 3 |yaw| (Ng et al. 1999; not discounted, so that it
+    telescopes): reach is the distance from end effector to sheet, overhang how far the sheet sticks out of its frame.
+
+    Idealised: the sheet is rigid and stays flat (x, y, yaw), the table's friction on it is that of its own weight and
+    its limits in x, y and yaw are independent, since a finger passes its load through thin paper straight to the table,
+    which in turn lowers the friction between finger and sheet by the table's share. The arm does not feel the table's
+    drag; only its fingertips touch anything, and off the sheet they slide on the table without friction.
+
+    Args:
+        num_envs, training, split, render_mode: as in BatchEnv.
+        frame_margin: m between sheet and tape on each side when the sheet is centred.
+        randomize: vary friction between episodes; the published task (training=False) always does.
+        threads: CPU threads of the simulator; the result does not depend on it.
+
+    Raises:
+        ValueError: frame_margin is not above 0, or threads below 1.
+    """
+
+    metadata: ClassVar = {**BatchEnv.metadata, "render_fps": 30}
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        training: bool = True,
+        split: str = "train",
+        render_mode: str | None = None,
+        frame_margin: float = 0.02,
+        randomize: bool = True,
+        threads: int = 1,
+    ):
+        if not 0 < frame_margin < 1:
+            raise ValueError(f"frame_margin must be above 0 and below 1 m, not {frame_margin}")
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, not {threads}")
+        observation_space = gym.spaces.Box(-OBS_HIGH, OBS_HIGH, dtype=np.float32)
+        action_space = gym.spaces.Box(-MAX_DELTA, MAX_DELTA, (6,), np.float32)
+        super().__init__(num_envs, observation_space, action_space, MAX_EPISODE_STEPS, training, split, render_mode)
+        self.half_frame = HALF_SHEET + frame_margin
+        self.randomize = randomize or not training
+
+        self.model = mujoco.MjModel.from_xml_path(str(ASSET))
+        self._lay_tape()
+        self.joint_low, self.joint_high = self.model.jnt_range[ARM].T
+        self.sheet_frictionloss = self.model.dof_frictionloss[SHEET].copy()
+        self.fingertips = [self.model.geom(f"{finger}_fingertip").id for finger in ("fixed", "moving")]
+        self.ready_target = READY + self._gravity_torque(READY) / self.model.actuator_gainprm[:, 0]
+
+        self.batch = Batch(self.model, num_envs, threads)
+        self.qpos, self.qvel, self.target = (self.batch.bind(field) for field in ("qpos", "qvel", "ctrl"))
+        self.tip = self.batch.site("end_effector").xpos
+        self.frictionloss, self.friction = self.batch.expand("dof_frictionloss"), self.batch.expand("geom_friction")
+        self.steps_inside, self.potential = np.zeros(num_envs, np.int64), np.zeros(num_envs)
+        self.renderer = self.viewer = None
+
+    def start(self, rows: np.ndarray) -> None:
+        self.batch.reset(rows, stage=mujoco.mjtStage.mjSTAGE_NONE)
+        for i in rows:
+            rng = self.rngs[i]
+            offset = rng.uniform(-MAX_OFFSET, MAX_OFFSET)
+            while np.hypot(*offset) < MIN_OFFSET:
+                offset = rng.uniform(-MAX_OFFSET, MAX_OFFSET)
+            self.qpos[i, SHEET] = *(GOAL + offset), rng.uniform(-MAX_YAW, MAX_YAW)
+            table, tip = (rng.uniform(*TABLE_RANGE), rng.uniform(*TIP_RANGE)) if self.randomize else (1.0, 1.0)
+            self.frictionloss[i, SHEET] = table * self.sheet_frictionloss
+            self.friction[i, self.fingertips, 0] = tip * TIP_FRICTION - table * TABLE_FRICTION
+        self.qpos[rows, ARM], self.target[rows] = READY, self.ready_target
+        self.batch.forward(rows, stage=mujoco.mjtStage.mjSTAGE_POS)
+        self.steps_inside[rows] = 0
+        self.potential[rows] = self._potential()[rows]
+
+    def advance(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        joints = self.qpos[:, ARM]
+        target = np.clip(self.target + action, joints - LEASH, joints + LEASH)
+        self.target[:] = np.clip(target, self.joint_low, self.joint_high)
+        # stage: also compute the positions of the state reached, where mj_step leaves them one substep behind
+        self.batch.step(nstep=SUBSTEPS, stage=mujoco.mjtStage.mjSTAGE_POS)
+
+        inside = (self._overhang() <= 0).all(1)
+        self.steps_inside[:] = np.where(inside, self.steps_inside + 1, 0)
+        success = self.steps_inside >= HOLD_STEPS
+        reward = 10.0 * success - 0.01
+        if self.training:
+            potential = self._potential()
+            reward += potential - self.potential
+            self.potential[:] = potential
+
+        position_error = np.hypot(*(self.qpos[:, 6:8] - GOAL).T)
+        metrics = {"is_success": success, "yaw_error": np.abs(self.qpos[:, 8]), "position_error": position_error}
+        return reward, success, metrics
+
+    def observe(self, rows: np.ndarray) -> np.ndarray:
+        x, y, yaw = self.qpos[rows, SHEET].T
+        z = np.zeros_like(x)
+        quaternion = (np.cos(yaw / 2), z, z, np.sin(yaw / 2))
+        sheet = np.stack([x, y, z, *quaternion, GOAL[0] - x, GOAL[1] - y, z], axis=1)
+        obs = np.concatenate([self.qpos[rows, ARM], self.qvel[rows, ARM], sheet, self.tip[rows]], axis=1)
+        return obs.clip(-OBS_HIGH, OBS_HIGH).astype(np.float32)
+
+    def _overhang(self) -> np.ndarray:
+        """How far the outermost corner of the sheet lies beyond the tape along x and y, (N, 2), m; inside: <= 0."""
+        yaw = self.qpos[:, 8]
+        c, s = np.abs(np.cos(yaw)), np.abs(np.sin(yaw))
+        (a, b), offset = HALF_SHEET, np.abs(self.qpos[:, 6:8] - GOAL)
+        return np.stack([a * c + b * s, a * s + b * c], axis=1) + offset - self.half_frame
+
+    def _potential(self) -> np.ndarray:
+        """Phi of the training reward, (N,)."""
+        reach = np.sqrt(np.square(self.tip[:, :2] - self.qpos[:, 6:8]).sum(1) + np.square(self.tip[:, 2]))
+        overhang = np.maximum(self._overhang(), 0).sum(1)
+        return -5 * reach - 30 * overhang - 3 * np.abs(self.qpos[:, 8])
+
+    def _gravity_torque(self, joints: np.ndarray) -> np.ndarray:
+        """Torque that holds the arm at rest, (6,), N m."""
+        data = mujoco.MjData(self.model)
+        data.qpos[ARM] = joints
+        mujoco.mj_forward(self.model, data)
+        return data.qfrc_bias[ARM].copy()
+
+    def _lay_tape(self) -> None:
+        """Four strips, 1 cm wide, around the opening."""
+        (x, y), width = self.half_frame, 0.005
+        for name, centre, half in (
+            ("front", (x + width, 0), (width, y + 2 * width)),
+            ("back", (-x - width, 0), (width, y + 2 * width)),
+            ("left", (0, y + width), (x, width)),
+            ("right", (0, -y - width), (x, width)),
+        ):
+            strip = self.model.geom(f"tape_{name}")
+            strip.pos[:2], strip.size[:2] = GOAL + centre, half
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {
+            "physics": self.batch.state,
+            "frictionloss": self.frictionloss,
+            "friction": self.friction,
+            "steps_inside": self.steps_inside,
+            "potential": self.potential,
+        }
+
+    def render(self) -> np.ndarray | None:
+        """Row 0, drawn by MuJoCo: an image (480, 640, 3) uint8, or in mode human a window."""
+        data = self.batch.get_data(0)
+        mujoco.mj_forward(self.model, data)
+        if self.render_mode == "human":
+            if self.viewer is None:
+                from mujoco import viewer
+
+                self.viewed = data
+                self.viewer = viewer.launch_passive(self.model, self.viewed)
+            self.viewed.qpos[:] = data.qpos
+            mujoco.mj_forward(self.model, self.viewed)
+            self.viewer.sync()
+            return None
+        if self.renderer is None:
+            self.renderer = mujoco.Renderer(self.model, 480, 640)
+        self.renderer.update_scene(data, camera="table")
+        return self.renderer.render()
+
+    def close_extras(self, **kwargs: Any) -> None:
+        for window in (self.renderer, self.viewer):
+            if window is not None:
+                window.close()
+        self.renderer = self.viewer = None
+
+
+class IK:
+    """Base policy: differential inverse kinematics that hovers over the sheet, presses on it and drags it to the goal.
+
+    Each step moves the end effector towards a point by damped least squares on the arm's Jacobian J,
+
+        dq = J^T (J J^T + damping^2 I)^-1 v,        v = velocity of the end effector and of the gripper's pitch,
+
+    (Nakamura & Hanafusa 1986). It does not look at the sheet's yaw: turning the sheet is left to the residual.
+
+    A pure function of the observation: (N, 25) -> (N, 6), rad.
+    """
+
+    GAIN = 0.5  # share of the remaining way made in one step ...
+    MAX_STEP = 0.012  # m: ... and its bound
+    HOVER, PRESS = 0.03, -0.003  # m: height aimed at above the sheet, and when pressing on it
+    CONTACT = 0.014  # m: below this the fingertips are taken to press
+    NEAR_ABOVE, NEAR_PRESSING = 0.015, 0.05  # m from the sheet's centre: near enough to go down, to go on pressing
+    PITCH = 1.3  # rad: gripper pointing down, both fingertips at one height
+    PITCH_WEIGHT = 0.1  # m/rad: what an error in pitch counts beside one in position
+    DAMPING = 0.03
+
+    def __init__(self):
+        self.model = mujoco.MjModel.from_xml_path(str(ASSET))
+        self.gripper = self.model.body("gripper").id
+        self.batch = Batch(self.model, 1, 1)
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        obs = obs.astype(np.float64)
+        joints, sheet, goal, tip = obs[:, 0:6], obs[:, 12:14], obs[:, 19:21], obs[:, 22:25]
+
+        pressing = tip[:, 2] < self.CONTACT
+        distance = np.hypot(*(sheet - tip[:, :2]).T)
+        over = distance < np.where(pressing, self.NEAR_PRESSING, self.NEAR_ABOVE)
+        xy = np.where((over & pressing)[:, None], tip[:, :2] + goal, sheet)  # drag, or come over the sheet
+        target = np.column_stack([xy, np.where(over, self.PRESS, self.HOVER)])
+
+        step = self.GAIN * (target - tip)
+        length = np.sqrt(np.square(step).sum(1, keepdims=True))
+        step *= np.minimum(1, self.MAX_STEP / np.maximum(length, 1e-9))
+        turn = np.clip(self.GAIN * (self.PITCH - joints[:, 1:4].sum(1)), -0.05, 0.05)
+        velocity = np.column_stack([step, self.PITCH_WEIGHT * turn])
+
+        jacobian = np.empty((len(obs), 4, 4))  # (N, x y z pitch, pan lift elbow wrist)
+        jacobian[:, :3] = self._jacobian(joints, tip)
+        jacobian[:, 3] = self.PITCH_WEIGHT * np.array([0, 1, 1, 1])
+        transpose = jacobian.transpose(0, 2, 1)
+        damped = jacobian @ transpose + self.DAMPING**2 * np.eye(4)
+        dq = transpose @ np.linalg.solve(damped, velocity[:, :, None])
+
+        action = np.zeros((len(obs), 6), np.float32)
+        action[:, :4] = dq[:, :, 0].clip(-MAX_DELTA, MAX_DELTA)
+        return action
+
+    def _jacobian(self, joints: np.ndarray, tip: np.ndarray) -> np.ndarray:
+        """d tip / d (pan, lift, elbow, wrist), (N, 3, 4), from the arm's own model."""
+        if self.batch.nsim != len(joints):
+            self.batch = Batch(self.model, len(joints), 1)
+        self.batch.qpos[:, ARM] = joints
+        return self.batch.jac(self.gripper, tip)[0][:, :, :4]
+
+
+class SO101PaperEnv(SingleEnv):
+    """One SO101Paper as an ordinary Gymnasium environment."""
+
+    batch_env = SO101Paper
+
+
+SO101Paper.controllers = {"ik": IK}

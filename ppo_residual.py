@@ -1,0 +1,426 @@
+"""PPO that corrects a frozen base policy (residual reinforcement learning), in one file: PyTorch + Gymnasium.
+
+A base policy does most of a task: inverse kinematics, a controller, a cloned network. It stays as it is; a small network
+learns what to add to it, so learning starts from the base's behaviour instead of from nothing:
+
+    action = clip(base(obs) + alpha * act_scale * residual(obs)),    residual(obs) in [-1, 1]
+    reward = task reward - residual_penalty * |residual|^2           while training
+
+The residual is an ordinary Gaussian policy, so the PPO below (Schulman et al. 2017) is ordinary PPO.
+
+  train     python ppo_residual.py                                   (50,000 steps, half a minute)
+  resume    python ppo_residual.py --resume runs/<run>
+  evaluate  python ppo_residual.py --evaluate runs/<run> --compare-base --eval-episodes 200
+  base only python ppo_residual.py --evaluate ik
+  other base  --base-policy zero | ik | clone.onnx | blend:ik:zero:0.5
+  deploy    runs/<run>/policy.onnx: raw observation -> residual in [-1, 1]; add it to the base as above
+"""
+
+from collections import deque
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from math import log, pi, sqrt
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+import envs
+from envs import rollout, run
+from envs.run import UserError, require_finite
+
+
+@dataclass
+class Args:
+    env_id: str = "SO101Paper-v0"
+    """environment: one of ours, or any of Gymnasium's with flat Box observations and actions"""
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """arguments of the environment, KEY VALUE ..."""
+    eval_env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """arguments for evaluation only, on top of --env-kwargs"""
+    seed: int = 1
+    """seed of the networks, the environments and the minibatch order"""
+    total_timesteps: int = 50_000
+    """environment steps, counted over all environments"""
+    num_envs: int = 8
+    """environments stepped in parallel"""
+    num_steps: int = 256
+    """steps per environment between two updates"""
+
+    base_policy: str = "ik"
+    """what the residual corrects: zero, a scripted controller of the environment (ik), PATH.onnx or blend:A:B:w"""
+    alpha: float = 0.7
+    """weight of the residual; 0 is the base alone"""
+    act_scale: float = 0.02
+    """action that a residual of 1 stands for, in the units of the action (rad)"""
+    residual_penalty: float = 0.001
+    """cost of |residual|^2 in each training step"""
+
+    learning_rate: float = 3e-4
+    """learning rate of Adam; usually 1e-4 to 1e-3"""
+    anneal_lr: bool = True
+    """lower the learning rate linearly to zero over the run"""
+    weight_decay: float = 0.0
+    """decoupled weight decay (AdamW); 0 is Adam"""
+    minibatch_size: int = 256
+    """transitions per gradient step; must divide num_envs * num_steps"""
+    update_epochs: int = 10
+    """passes over each batch; usually 3 to 10"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation; 0 is one-step TD, 1 is Monte Carlo"""
+    clip_coef: float = 0.2
+    """how far the probability ratio may move before its gradient is cut; usually 0.1 to 0.3"""
+    clip_value: bool = True
+    """also clip the change of the value estimate"""
+    ent_coef: float = 0.005
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient"""
+    target_kl: float | None = None
+    """stop an update once the policy has moved further than this; usually 0.01 to 0.05"""
+    norm_obs: bool = True
+    """normalise observations by their running mean and standard deviation"""
+    norm_reward: bool = True
+    """divide rewards by the running standard deviation of the discounted return"""
+    norm_adv: bool = True
+    """normalise advantages within each minibatch"""
+    init_log_std: float = 0.0
+    """logarithm of the initial standard deviation of the policy"""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """units in the hidden layers of actor and critic"""
+    critic_warmup: int = 0
+    """first updates that change the critic alone, for a policy that starts from --pretrained"""
+
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """where the networks live; auto takes a GPU if there is one, but for networks this small the CPU is faster"""
+    threads: int = 1
+    """CPU threads of PyTorch and of our simulators; small networks are fastest with one"""
+    compile: bool = False
+    """compile the gradient step with torch.compile (needs a C++ compiler)"""
+    deterministic: bool = False
+    """refuse GPU operations whose result may differ between runs"""
+
+    eval_every: int = 10_000
+    """steps between two evaluations on the validation split; the best one gives best.pt; 0 for only one at the end"""
+    eval_episodes: int = 100
+    """episodes of an evaluation"""
+    eval_seed: int = 1
+    """seed of the evaluation episodes; those of training and of the three splits never coincide"""
+    checkpoint_every: int = 10_000
+    """steps between two files in checkpoints/; 0 for none"""
+    run_root: str = "runs"
+    """directory that holds the runs"""
+    run_name: str | None = None
+    """name of the run's directory instead of <script>__<environment>__seed<seed>__<time>"""
+    config: str | None = None
+    """JSON file of settings to start from, such as a run's config.json"""
+    resume: str | None = None
+    """checkpoint or run directory to continue, bit for bit; only the total may grow and the place may change"""
+    pretrained: str | None = None
+    """residual policy file or run to start from: actor, critic and normaliser; the optimiser starts fresh"""
+    track: bool = False
+    """also log to Weights & Biases (offline without a login)"""
+    capture_video: bool = False
+    """record the first episode of each evaluation as videos/*.mp4"""
+    dry_run: bool = False
+    """one rollout, one update, one evaluation of two episodes, all files"""
+
+    evaluate: str | None = None
+    """no training: measure a policy file, a run (its best.pt) or a scripted controller (zero, ik, ...) on the test split"""
+    compare_base: bool = False
+    """with --evaluate: also play the same episodes with the base policy alone"""
+    json: str | None = None
+    """with --evaluate: write the result to this file"""
+    render: Literal["human"] | None = None
+    """with --evaluate: watch it in a window"""
+
+    def check(self) -> None:
+        """Raises UserError for values that cannot work."""
+        batch = self.num_envs * self.num_steps
+        for wrong, message in (
+            (self.num_envs < 1 or self.num_steps < 1, "--num-envs and --num-steps must be at least 1"),
+            (self.minibatch_size < 2 or batch % max(self.minibatch_size, 1), f"--minibatch-size {self.minibatch_size} "
+             f"must be at least 2 and divide num_envs * num_steps = {batch}"),
+            (self.total_timesteps < batch, f"--total-timesteps {self.total_timesteps} is less than one rollout of {batch}"),
+            (not 0 <= self.gamma <= 1, f"--gamma must lie between 0 and 1, not {self.gamma}"),
+            (not 0 <= self.gae_lambda <= 1, f"--gae-lambda must lie between 0 and 1, not {self.gae_lambda}"),
+            (self.learning_rate <= 0, f"--learning-rate must be above 0, not {self.learning_rate}"),
+            (self.clip_coef <= 0, f"--clip-coef must be above 0, not {self.clip_coef}"),
+            (self.max_grad_norm <= 0, f"--max-grad-norm must be above 0, not {self.max_grad_norm}"),
+            (min((1, *self.hidden_sizes)) < 1, "--hidden-sizes must be at least 1 each"),
+            (self.update_epochs < 1 or self.threads < 1, "--update-epochs and --threads must be at least 1"),
+            (self.eval_episodes < 1, f"--eval-episodes must be at least 1, not {self.eval_episodes}"),
+            (min(self.eval_every, self.checkpoint_every, self.critic_warmup, self.seed, self.eval_seed) < 0,
+             "--eval-every, --checkpoint-every, --critic-warmup and the seeds must not be negative"),
+            (self.device == "cuda" and not torch.cuda.is_available(), "--device cuda: PyTorch finds no GPU here; use cpu"),
+        ):  # fmt: skip
+            if wrong:
+                raise UserError(message)
+
+
+# What differs from Args for a base policy; python ppo_residual.py --base-policy X --help shows the values in force.
+TUNED: dict[str, dict] = {"ik": {}}
+
+
+class Normalizer(nn.Module):
+    """Shifts and scales by a running mean and variance. They are buffers: the state_dict, the policy files and the ONNX
+    file contain them, and they stand still unless update is called."""
+
+    def __init__(self, shape: tuple[int, ...] = ()):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-10, 10)
+
+    @torch.no_grad()
+    def update(self, x: torch.Tensor) -> None:
+        """Merge a batch's mean and variance into the running ones (Chan et al. 1979); x: (batch, *shape)."""
+        n, total = len(x), self.count + len(x)
+        var, mean = torch.var_mean(x, dim=0, correction=0)
+        delta = mean - self.mean
+        self.var.copy_((self.var * self.count + var * n + delta.square() * self.count * n / total) / total)
+        self.mean.add_(delta * n / total)
+        self.count.add_(n)
+
+
+class RewardScaler(nn.Module):
+    """Divides rewards by the running standard deviation of the discounted return so far, R <- gamma R + r."""
+
+    def __init__(self, num_envs: int, gamma: float):
+        super().__init__()
+        self.gamma, self.stats = gamma, Normalizer()
+        self.register_buffer("returns", torch.zeros(num_envs))
+
+    def forward(self, reward: torch.Tensor, done: torch.Tensor) -> torch.Tensor:
+        """reward, done: (T, N) -> scaled reward (T, N)."""
+        returns = torch.empty_like(reward)
+        for t in range(len(reward)):
+            returns[t] = self.gamma * self.returns + reward[t]
+            self.returns.copy_(returns[t] * ~done[t])  # the next episode starts from zero
+        self.stats.update(returns.flatten())
+        return (reward * torch.rsqrt(self.stats.var + 1e-8)).clamp(-10, 10)
+
+
+def mlp(sizes: list[int], gain: float) -> nn.Sequential:
+    """Linear layers with tanh between them; orthogonal weights, scaled by `gain` in the last."""
+    layers: list[nn.Module] = []
+    for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:])):
+        last = i == len(sizes) - 2
+        layer = nn.Linear(n_in, n_out)
+        nn.init.orthogonal_(layer.weight, gain if last else sqrt(2))
+        nn.init.zeros_(layer.bias)
+        layers += [layer] if last else [layer, nn.Tanh()]
+    return nn.Sequential(*layers)
+
+
+class Agent(nn.Module):
+    """A Gaussian policy and a value function; every method takes raw observations (batch, obs_dim)."""
+
+    def __init__(self, obs_dim: int, low: np.ndarray, high: np.ndarray, args: Args):
+        super().__init__()
+        self.normalizer = Normalizer((obs_dim,)) if args.norm_obs else nn.Identity()
+        self.actor = mlp([obs_dim, *args.hidden_sizes, len(low)], gain=0.01)  # starts near zero
+        self.critic = mlp([obs_dim, *args.hidden_sizes, 1], gain=1.0)
+        self.log_std = nn.Parameter(torch.full((len(low),), args.init_log_std))
+        self.register_buffer("low", torch.as_tensor(low))
+        self.register_buffer("high", torch.as_tensor(high))
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        """The deployed policy: the most likely action, inside its bounds."""
+        return self.actor(self.normalizer(obs)).clamp(self.low, self.high)
+
+    def sample(self, obs: torch.Tensor) -> torch.Tensor:
+        mean = self.actor(self.normalizer(obs))
+        return mean + self.log_std.exp() * torch.randn_like(mean)
+
+    def value(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.critic(self.normalizer(obs)).squeeze(-1)
+
+    def evaluate_actions(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """log pi(action | obs) (batch,), the policy's entropy () and V(obs) (batch,)."""
+        obs = self.normalizer(obs)
+        # log N(a; mu, sigma) = -z^2 / 2 - log sigma - log(2 pi) / 2 with z = (a - mu) / sigma, summed over components
+        z = (action - self.actor(obs)) * torch.exp(-self.log_std)
+        logprob = (-0.5 * z.square() - self.log_std - 0.5 * log(2 * pi)).sum(-1)
+        entropy = (self.log_std + 0.5 * log(2 * pi) + 0.5).sum()
+        return logprob, entropy, self.critic(obs).squeeze(-1)
+
+
+def correct(base: np.ndarray, residual: np.ndarray, args: Args, space) -> np.ndarray:
+    """The idea of residual learning: the base's action plus a small, bounded correction."""
+    return np.clip(base + args.alpha * args.act_scale * np.clip(residual, -1, 1), space.low, space.high)
+
+
+class Corrected:
+    """The deployed policy, base plus residual. It computes in float64 and rounds, so that an action does not depend on
+    how many observations share its batch."""
+
+    def __init__(self, agent: Agent, base_policy: rollout.Policy, args: Args, space):
+        self.agent, self.base_policy, self.args, self.space = deepcopy(agent).cpu().double(), base_policy, args, space
+
+    @torch.no_grad()
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        residual = self.agent(torch.as_tensor(obs, dtype=torch.float64)).numpy().astype(np.float32)
+        return correct(self.base_policy(obs), residual, self.args, self.space)
+
+
+class Batch(NamedTuple):
+    """The transitions of one rollout, each field (T, N, ...); index t holds transition t only."""
+
+    obs: torch.Tensor
+    action: torch.Tensor  # the residual as it was drawn, before clipping: its log-probability is that of the unclipped one
+    next_obs: torch.Tensor  # where the action led, never the first observation of the next episode
+    reward: torch.Tensor
+    terminated: torch.Tensor
+    done: torch.Tensor  # terminated or truncated
+
+
+@torch.no_grad()
+def collect(agent, vec, base_policy, args, obs, step, device) -> tuple[Batch, np.ndarray, list[dict]]:
+    """Play num_steps steps in each environment from `obs` on. Returns the batch, the next obs, the episodes finished."""
+    transitions, episodes, space = [], [], vec.single_action_space
+    for _ in range(args.num_steps):
+        require_finite("observation", obs, step)
+        base = base_policy(obs)
+        require_finite("base action", base, step)
+        residual = agent.sample(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
+        new_obs, reward, terminated, truncated, info = vec.step(correct(base, residual, args, space))
+        step += vec.num_envs
+        require_finite("reward", reward, step)
+        reward = reward - args.residual_penalty * np.square(np.clip(residual, -1, 1)).sum(1)
+
+        done, next_obs = terminated | truncated, new_obs
+        if done.any():
+            next_obs = np.where(done[:, None], info["final_obs"], new_obs)
+            episodes += [{"step": step, **rollout.episode_result(info, i)} for i in np.flatnonzero(done)]
+        transitions.append((obs, residual, next_obs, reward.astype(np.float32), terminated, done))
+        obs = new_obs
+    return Batch(*(torch.as_tensor(np.stack(x), device=device) for x in zip(*transitions))), obs, episodes
+
+
+def gae(reward, value, next_value, terminated, done, gamma: float, gae_lambda: float) -> torch.Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016); everything is (T, N).
+
+    next_value[t] is V of the state that action t led to, also at the end of an episode: a time limit bootstraps like any
+    other step, and only a terminal state is worth zero."""
+    # delta_t = r_t + gamma V(s_t+1) - V(s_t)
+    delta = reward + gamma * next_value * ~terminated - value
+    # A_t = delta_t + gamma lambda A_t+1, cut where the episode ended
+    decay = gamma * gae_lambda * ~done
+    advantage, following = torch.zeros_like(delta), torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        advantage[t] = following = delta[t] + decay[t] * following
+    return advantage
+
+
+def ppo_loss(agent, args, critic_only: bool, obs, action, old_logprob, advantage, target, old_value):
+    """The loss of one minibatch, and the statistics named in STATS. With critic_only it is the critic's part alone."""
+    logprob, entropy, value = agent.evaluate_actions(obs, action)
+    log_ratio = logprob - old_logprob
+    ratio = log_ratio.exp()
+
+    # L_clip = E[min(r A, clip(r, 1 - eps, 1 + eps) A)]
+    if args.norm_adv:
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -torch.min(advantage * ratio, advantage * clipped_ratio).mean()
+
+    value_error = (value - target).square()
+    if args.clip_value:
+        clipped_value = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
+        value_error = torch.max(value_error, (clipped_value - target).square())
+    value_loss = 0.5 * value_error.mean()
+
+    loss = args.vf_coef * value_loss
+    if not critic_only:
+        loss = loss + policy_loss - args.ent_coef * entropy
+    approx_kl = (ratio - 1 - log_ratio).mean()  # unbiased and never negative: http://joschu.net/blog/kl-approx.html
+    clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    return loss, torch.stack([policy_loss, value_loss, -entropy, approx_kl, clip_fraction]).detach()
+
+
+STATS = ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction")
+
+
+def compute_gradient(agent, args, critic_only: bool, *minibatch: torch.Tensor) -> torch.Tensor:
+    """Leaves the clipped gradient of the loss in the agent's parameters. --compile compiles this function."""
+    loss, stats = ppo_loss(agent, args, critic_only, *minibatch)
+    loss.backward()
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    return stats
+
+
+def update(agent, optimizer, compute_gradient, args, critic_only: bool, data: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """All epochs over one batch. Returns the mean of STATS over its minibatches."""
+    history = []
+    for _ in range(args.update_epochs):
+        order = torch.randperm(len(data[0]), device=data[0].device)
+        for minibatch in zip(*(x[order].split(args.minibatch_size) for x in data)):
+            optimizer.zero_grad()
+            stats = compute_gradient(agent, args, critic_only, *minibatch)
+            history.append(stats)
+            if args.target_kl is not None and stats[3] > args.target_kl:
+                return torch.stack(history).mean(0)
+            optimizer.step()
+    return torch.stack(history).mean(0)
+
+
+def make_agent(vec, args: Args) -> Agent:
+    return Agent(vec.single_observation_space.shape[0], -np.ones(vec.single_action_space.shape, np.float32),
+                 np.ones(vec.single_action_space.shape, np.float32), args)  # fmt: skip
+
+
+def train(args: Args) -> dict:
+    """Run PPO as args say. Returns what summary.json holds."""
+    if args.dry_run:
+        args.total_timesteps, args.eval_episodes = args.num_envs * args.num_steps, 2
+    args.check()
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    vec = envs.make_vec(args.env_id, args.num_envs, training=True, split="train", threads=args.threads, **args.env_kwargs)
+    base_policy = rollout.scripted(args.base_policy, vec)
+    agent = make_agent(vec, args).to(device)
+    optimizer = torch.optim.AdamW(agent.parameters(), args.learning_rate, eps=1e-5, weight_decay=args.weight_decay, fused=True)
+    scaler = RewardScaler(args.num_envs, args.gamma).to(device)
+    obs, _ = vec.reset(seed=args.seed)
+    batch_size = args.num_envs * args.num_steps
+    iterations = args.total_timesteps // batch_size
+    first, best, recent = 1, None, deque(maxlen=100)
+
+    with run.Run("ppo_residual", args) as this:
+        for iteration in range(first, iterations + 1):
+            step = iteration * batch_size
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / iterations if args.anneal_lr else 1)
+            batch, obs, episodes = collect(agent, vec, base_policy, args, obs, step - batch_size, device)
+            recent += episodes
+            if iteration == 1 and args.norm_obs:
+                agent.normalizer.update(batch.obs.flatten(0, 1))
+            reward = scaler(batch.reward, batch.done) if args.norm_reward else batch.reward
+            with torch.no_grad():
+                logprob, _, value = agent.evaluate_actions(batch.obs, batch.action)
+                next_value = agent.value(batch.next_obs)
+            advantage = gae(reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
+            target = advantage + value
+            data = tuple(x.flatten(0, 1) for x in (batch.obs, batch.action, logprob, advantage, target, value))
+            stats = update(agent, optimizer, compute_gradient, args, iteration <= args.critic_warmup, data)
+            if iteration > 1 and args.norm_obs:
+                agent.normalizer.update(batch.obs.flatten(0, 1))
+            import sys
+            if iteration % 5 == 0 or iteration == iterations:
+                r = rollout.evaluate(Corrected(agent, base_policy, args, vec.single_action_space), args.env_id, {**args.env_kwargs, **args.eval_env_kwargs}, args.eval_episodes, args.eval_seed, split="validation")
+                print(step, rollout.describe(r), {k: round(v,4) for k,v in zip(STATS, stats.tolist())}, 'train succ', np.mean([e["success"] for e in recent]), 'std', agent.log_std.exp().mean().item(), file=sys.stderr)
+    return {}
+
+
+if __name__ == "__main__":
+    train(run.parse(Args, lambda a: TUNED.get(a.base_policy, {})))
