@@ -18,7 +18,7 @@ The residual is an ordinary Gaussian policy, so the PPO below (Schulman et al. 2
 
 from collections import deque
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import log, pi, sqrt
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -139,29 +139,6 @@ class Args:
     """with --evaluate: write the result to this file"""
     render: Literal["human"] | None = None
     """with --evaluate: watch it in a window"""
-
-    def check(self) -> None:
-        """Raises UserError for values that cannot work."""
-        batch = self.num_envs * self.num_steps
-        for wrong, message in (
-            (self.num_envs < 1 or self.num_steps < 1, "--num-envs and --num-steps must be at least 1"),
-            (self.minibatch_size < 2 or batch % max(self.minibatch_size, 1), f"--minibatch-size {self.minibatch_size} "
-             f"must be at least 2 and divide num_envs * num_steps = {batch}"),
-            (self.total_timesteps < batch, f"--total-timesteps {self.total_timesteps} is less than one rollout of {batch}"),
-            (not 0 <= self.gamma <= 1, f"--gamma must lie between 0 and 1, not {self.gamma}"),
-            (not 0 <= self.gae_lambda <= 1, f"--gae-lambda must lie between 0 and 1, not {self.gae_lambda}"),
-            (self.learning_rate <= 0, f"--learning-rate must be above 0, not {self.learning_rate}"),
-            (self.clip_coef <= 0, f"--clip-coef must be above 0, not {self.clip_coef}"),
-            (self.max_grad_norm <= 0, f"--max-grad-norm must be above 0, not {self.max_grad_norm}"),
-            (min((1, *self.hidden_sizes)) < 1, "--hidden-sizes must be at least 1 each"),
-            (self.update_epochs < 1 or self.threads < 1, "--update-epochs and --threads must be at least 1"),
-            (self.eval_episodes < 1, f"--eval-episodes must be at least 1, not {self.eval_episodes}"),
-            (min(self.eval_every, self.checkpoint_every, self.critic_warmup, self.seed, self.eval_seed) < 0,
-             "--eval-every, --checkpoint-every, --critic-warmup and the seeds must not be negative"),
-            (self.device == "cuda" and not torch.cuda.is_available(), "--device cuda: PyTorch finds no GPU here; use cpu"),
-        ):  # fmt: skip
-            if wrong:
-                raise UserError(message)
 
 
 # What differs from Args for a base policy; python ppo_residual.py --base-policy X --help shows the values in force.
@@ -375,52 +352,153 @@ def update(agent, optimizer, compute_gradient, args, critic_only: bool, data: tu
 
 
 def make_agent(vec, args: Args) -> Agent:
-    return Agent(vec.single_observation_space.shape[0], -np.ones(vec.single_action_space.shape, np.float32),
-                 np.ones(vec.single_action_space.shape, np.float32), args)  # fmt: skip
+    bound = np.ones(vec.single_action_space.shape, np.float32)
+    return Agent(vec.single_observation_space.shape[0], -bound, bound, args)
 
 
 def train(args: Args) -> dict:
-    """Run PPO as args say. Returns what summary.json holds."""
+    """Run PPO as args say. Returns what summary.json holds.
+
+    Raises:
+        UserError: args, a file they name or the environment cannot work.
+        FloatingPointError: observations, rewards, losses or parameters are not finite.
+    """
     if args.dry_run:
-        args.total_timesteps, args.eval_episodes = args.num_envs * args.num_steps, 2
-    args.check()
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    vec = envs.make_vec(args.env_id, args.num_envs, training=True, split="train", threads=args.threads, **args.env_kwargs)
+        args = replace(args, total_timesteps=args.num_envs * args.num_steps, eval_episodes=2)
+    run.check(args)
+    device = run.prepare_torch(args)
+    vec = envs.make_vec(args.env_id, args.num_envs, threads=args.threads, **args.env_kwargs)
+    envs.require_flat_box(vec)
     base_policy = rollout.scripted(args.base_policy, vec)
-    agent = make_agent(vec, args).to(device)
-    optimizer = torch.optim.AdamW(agent.parameters(), args.learning_rate, eps=1e-5, weight_decay=args.weight_decay, fused=True)
+    agent = make_agent(vec, args)
     scaler = RewardScaler(args.num_envs, args.gamma).to(device)
-    obs, _ = vec.reset(seed=args.seed)
+
+    resumed, parents, best, recent = None, {}, None, deque(maxlen=100)
     batch_size = args.num_envs * args.num_steps
     iterations = args.total_timesteps // batch_size
-    first, best, recent = 1, None, deque(maxlen=100)
+    if args.base_policy.endswith(".onnx"):
+        parents["base_policy"] = args.base_policy
+    if args.pretrained is not None:
+        policy = run.load_policy(args.pretrained, kind="residual")
+        run.load_agent(agent, policy, args, args.pretrained)
+        parents["pretrained"] = run.policy_file(args.pretrained)
+    agent.to(device)
+    optimizer = torch.optim.AdamW(agent.parameters(), args.learning_rate, eps=1e-5, weight_decay=args.weight_decay, fused=True)
+    obs, _ = vec.reset(seed=args.seed)
+    if args.resume is not None:
+        resumed = run.load_to_resume(args, iterations * batch_size)
+        agent.load_state_dict(resumed["agent"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["reward_scaler"])
+        best, recent = resumed["best"], deque(resumed["recent"], maxlen=100)
+        if resumed["envs"] is not None:
+            vec.load_state_dict(resumed["envs"])
+            obs = resumed["obs"].numpy()
+        run.set_rng_state(resumed["rng"])
+    first = resumed["step"] // batch_size + 1 if resumed else 1
+    gradient = run.compiled(compute_gradient) if args.compile else compute_gradient
 
-    with run.Run("ppo_residual", args) as this:
+    with run.Run("ppo_residual", args, resumed, parents) as this:
         for iteration in range(first, iterations + 1):
-            step = iteration * batch_size
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / iterations if args.anneal_lr else 1)
-            batch, obs, episodes = collect(agent, vec, base_policy, args, obs, step - batch_size, device)
+            step = (iteration - 1) * batch_size
+
+            def checkpoint() -> dict:
+                return {
+                    # a policy file is this part
+                    "kind": "residual", "env_id": args.env_id, "env_kwargs": args.env_kwargs, "args": asdict(args),
+                    "agent": agent.state_dict(), "step": step,
+                    # and resuming needs the rest
+                    "optimizer": optimizer.state_dict(), "reward_scaler": scaler.state_dict(),
+                    "envs": vec.state_dict() if hasattr(vec, "state_dict") else None, "obs": obs,
+                    "recent": list(recent), "best": best, "rng": run.rng_state(),
+                }  # fmt: skip
+
+            this.snapshot = deepcopy(checkpoint())
+
+            batch, obs, episodes = collect(agent, vec, base_policy, args, obs, step, device)
+            step += batch_size
             recent += episodes
-            if iteration == 1 and args.norm_obs:
+            unseen = args.norm_obs and agent.normalizer.count == 0
+            if unseen:  # a new policy hardly depends on the observation: its last layer begins near zero
                 agent.normalizer.update(batch.obs.flatten(0, 1))
+
             reward = scaler(batch.reward, batch.done) if args.norm_reward else batch.reward
             with torch.no_grad():
                 logprob, _, value = agent.evaluate_actions(batch.obs, batch.action)
                 next_value = agent.value(batch.next_obs)
             advantage = gae(reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
             target = advantage + value
+
+            lr = args.learning_rate * (1 - (iteration - 1) / iterations if args.anneal_lr else 1)
+            optimizer.param_groups[0]["lr"] = lr
             data = tuple(x.flatten(0, 1) for x in (batch.obs, batch.action, logprob, advantage, target, value))
-            stats = update(agent, optimizer, compute_gradient, args, iteration <= args.critic_warmup, data)
-            if iteration > 1 and args.norm_obs:
+            stats = update(agent, optimizer, gradient, args, iteration <= args.critic_warmup, data)
+            if args.norm_obs and not unseen:  # after the update, so that old and new log-probabilities see the same
                 agent.normalizer.update(batch.obs.flatten(0, 1))
-            import sys
-            if iteration % 5 == 0 or iteration == iterations:
-                r = rollout.evaluate(Corrected(agent, base_policy, args, vec.single_action_space), args.env_id, {**args.env_kwargs, **args.eval_env_kwargs}, args.eval_episodes, args.eval_seed, split="validation")
-                print(step, rollout.describe(r), {k: round(v,4) for k,v in zip(STATS, stats.tolist())}, 'train succ', np.mean([e["success"] for e in recent]), 'std', agent.log_std.exp().mean().item(), file=sys.stderr)
-    return {}
+            run.require_finite_update(agent, stats, step)
+
+            evaluation = None
+            if iteration == iterations or run.due(args.eval_every, step, batch_size):
+                played = Corrected(agent, base_policy, args, vec.single_action_space)
+                video = this.folder / "videos" / f"step_{step:09d}.mp4" if args.capture_video else None
+                evaluation = rollout.evaluate(played, args, "validation", video)
+                this.append("evaluations.jsonl", [{"step": step, **evaluation, "per_episode": None}])
+                score = [evaluation["success_rate"] or 0.0, evaluation["mean_return"]]
+                if best is None or score > best["score"]:
+                    best = {"score": score, "step": step, "agent": deepcopy(agent.state_dict())}
+                    this.save_policy("best.pt", checkpoint())
+            if run.due(args.checkpoint_every, step, batch_size):
+                this.save(f"checkpoints/step_{step:09d}.pt", checkpoint())
+
+            this.append("episodes.jsonl", episodes)
+            this.log(step, {
+                **rollout.episode_scalars(recent),
+                **{f"train/{name}": x for name, x in zip(STATS, stats.tolist())},
+                "train/explained_variance": 1 - ((target - value).var() / target.var()).item(),
+                "train/learning_rate": lr,
+                "train/residual_magnitude": batch.action.clamp(-1, 1).norm(dim=-1).mean().item(),
+                **rollout.evaluation_scalars(evaluation),
+            })  # fmt: skip
+
+        this.save("final.pt", checkpoint())
+        agent.load_state_dict(best["agent"])
+        run.export_onnx(agent, len(obs[0]), this.folder / "policy.onnx", kind="residual")
+        return this.finish(step, best={**best, "agent": None})
+
+
+def evaluate(args: Args) -> dict:
+    """Measure args.evaluate on the test split; with --compare-base also the base alone, on the same episodes."""
+    run.check(args)
+    vec = envs.make_vec(args.env_id, 1, **args.env_kwargs)
+    envs.require_flat_box(vec)
+    learned = run.is_policy_path(args.evaluate)
+    if learned:
+        base_policy, agent = rollout.scripted(args.base_policy, vec), make_agent(vec, args)
+        run.load_agent(agent, run.load_policy(args.evaluate, kind="residual"), args, args.evaluate)
+        policy = Corrected(agent, base_policy, args, vec.single_action_space)
+    else:
+        policy = rollout.scripted(args.evaluate, vec)
+    if args.compare_base and not learned:
+        raise UserError(f"--compare-base needs a policy file or a run, and {args.evaluate} has no base; leave it out")
+    video = Path(args.run_root) / "videos" / f"{Path(args.evaluate).stem}.mp4" if args.capture_video else None
+    result = {"policy": args.evaluate, **rollout.evaluate(policy, args, "test", video)}
+    print(rollout.describe(result))
+    if args.compare_base:
+        base = rollout.evaluate(base_policy, args)
+        gain = rollout.paired_gain(result, base)
+        print(f"base alone: {rollout.describe(base)}")
+        print(f"paired gain in {gain['of']}: {gain['gain']:+.3f}, 95 % interval {gain['low']:+.3f} to {gain['high']:+.3f}")
+        result |= {"base": base, "gain": gain}
+    if args.json is not None:
+        run.write_json(Path(args.json), result)
+    return result
+
+
+def main() -> None:
+    with run.command_line():
+        args = run.parse(Args, lambda args: TUNED.get(args.base_policy, {}), with_policy=("base_policy", "alpha", "act_scale"))
+        evaluate(args) if args.evaluate is not None else train(args)
 
 
 if __name__ == "__main__":
-    train(run.parse(Args, lambda a: TUNED.get(a.base_policy, {})))
+    main()

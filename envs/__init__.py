@@ -1,14 +1,12 @@
 """The environments, registered with Gymnasium: gym.make("envs:SO101Paper-v0"), gym.make_vec(...), envs.make_vec(...)."""
 
 import inspect
-import types
-import typing
 from typing import Any
 
 import gymnasium as gym
 
 from envs.batch_env import BatchEnv, GymVec
-from envs.run import UserError
+from envs.run import UserError, fits
 
 gym.register("SO101Paper-v0", "envs.so101:SO101PaperEnv", vector_entry_point="envs.so101:SO101Paper")
 
@@ -45,6 +43,15 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any)
     return vec
 
 
+def require_flat_box(vec: Any) -> None:
+    """Raises UserError unless observations are flat Boxes and actions bounded ones."""
+    obs, action = vec.single_observation_space, vec.single_action_space
+    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
+        raise UserError(f"observations must be a flat Box, not {obs}; flatten them with a Gymnasium wrapper")
+    if not isinstance(action, gym.spaces.Box) or len(action.shape) != 1 or not action.is_bounded():
+        raise UserError(f"actions must be a flat, bounded Box, not {action}")
+
+
 def check_kwargs(cls: type, kwargs: dict) -> None:
     """Compare an environment's arguments with the annotations of its constructor.
 
@@ -56,10 +63,5 @@ def check_kwargs(cls: type, kwargs: dict) -> None:
         if name not in parameters:
             raise TypeError(f"no argument {name!r}; it has {', '.join(parameters)}")
         annotation = parameters[name].annotation
-        union = isinstance(annotation, types.UnionType)
-        allowed = typing.get_args(annotation) if union else (annotation,)
-        # an int will do where a float is meant; a bool is an int only to Python
-        fits = any(isinstance(value, t) and not (isinstance(value, bool) and t is not bool) for t in allowed)
-        if not fits and not (float in allowed and type(value) is int):
-            expected = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
-            raise TypeError(f"{name} must be {expected}, not {value!r}")
+        if not fits(value, annotation):
+            raise TypeError(f"{name} must be {getattr(annotation, '__name__', annotation)}, not {value!r}")

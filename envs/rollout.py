@@ -14,11 +14,11 @@ Policy = Callable[[Any], np.ndarray]
 ROWS = 64  # environments that an evaluation steps together; its result does not depend on it
 
 
-def rollout(policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callable[[], None] | None = None) -> list[dict]:
+def rollout(policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callable | None = None) -> list[dict]:
     """Play `episodes` episodes in the rows of the vector environment `vec`.
 
     Episode i starts from SeedSequence([seed, i]) whatever row it is played in, so it has the same start and the same
-    random draws however many rows there are.
+    random draws however many rows there are. on_step(done (N,)) is called after every step.
 
     Returns:
         One dict an episode: return, length, success (None where the task has none) and the task's own metrics.
@@ -37,9 +37,9 @@ def rollout(policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callabl
         if not np.isfinite(action).all():
             raise FloatingPointError(f"the policy's action is not finite in episode {playing[~np.isfinite(action).all(1)][0]}")
         obs, _, terminated, truncated, info = vec.step(action)
-        if on_step is not None:
-            on_step()
         done = terminated | truncated
+        if on_step is not None:
+            on_step(done)
         if not done.any():
             continue
         for i in np.flatnonzero(done):
@@ -68,28 +68,51 @@ def episode_result(info: dict, i: int) -> dict:
     }
 
 
-def evaluate(
-    policy: Policy,
-    env_id: str,
-    env_kwargs: dict,
-    episodes: int,
-    seed: int,
-    split: str = "test",
-    rows: int = ROWS,
-    on_step: Callable[[Any], None] | None = None,
-) -> dict:
-    """Measure a policy on the published task (training=False).
+def evaluate(policy: Policy, args: Any, split: str = "test", video: Path | None = None) -> dict:
+    """Measure a policy on the published task (training=False), as a script's args say.
+
+    Args:
+        policy: what plays.
+        args: env_id, env_kwargs, eval_env_kwargs, eval_episodes, eval_seed, threads, render.
+        split: train, validation or test.
+        video: where to record the first episode, if anywhere.
 
     Returns:
-        mean_return, std_return, mean_length, std_length, success_rate, failure_rate, metrics (means over the episodes)
-        and per_episode; what the task does not define is None.
+        What --json writes, without the policy's name; what the task does not define is None.
     """
-    vec = envs.make_vec(env_id, min(rows, episodes), **{**env_kwargs, "training": False, "split": split})
+    env_kwargs = {**args.env_kwargs, **args.eval_env_kwargs}
+    render_mode = args.render or ("rgb_array" if video else None)
+    rows = min(ROWS, args.eval_episodes)
+    vec = envs.make_vec(args.env_id, rows, training=False, split=split, threads=args.threads, render_mode=render_mode, **env_kwargs)
     try:
-        results = rollout(policy, vec, episodes, seed, on_step and (lambda: on_step(vec)))
+        film = Film(vec, video) if video else None
+        results = rollout(policy, vec, args.eval_episodes, args.eval_seed, film)
     finally:
         vec.close()
-    return summarize(results)
+    about = {"env_id": args.env_id, "env_kwargs": env_kwargs, "episodes": len(results), "seed": args.eval_seed}
+    return {**about, **summarize(results)}
+
+
+class Film:
+    """Records row 0 until its first episode ends."""
+
+    def __init__(self, vec: Any, path: Path):
+        try:
+            from moviepy import ImageSequenceClip
+        except ImportError:
+            raise UserError("--capture-video needs moviepy: pip install -e '.[video]'") from None
+        self.vec, self.path, self.clip, self.frames = vec, path, ImageSequenceClip, []
+
+    def __call__(self, done: np.ndarray) -> None:
+        if self.frames is None:
+            return
+        if not done[0]:  # at the end of an episode the row already shows the next one
+            self.frames.append(self.vec.render())
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fps = self.vec.metadata.get("render_fps", 30)
+        self.clip(self.frames, fps=fps).write_videofile(str(self.path), logger=None)
+        self.frames = None
 
 
 def summarize(results: list[dict]) -> dict:
@@ -102,7 +125,6 @@ def summarize(results: list[dict]) -> dict:
         return None if results[0][name] is None else float(column(name).mean())
 
     return {
-        "episodes": len(results),
         "mean_return": mean("return"),
         "std_return": float(column("return").std()),
         "mean_length": mean("length"),
@@ -119,9 +141,40 @@ def describe(result: dict) -> str:
     parts = [f"return {result['mean_return']:.2f} +- {result['std_return']:.2f}", f"length {result['mean_length']:.1f}"]
     for name in ("success_rate", "failure_rate"):
         if result[name] is not None:
-            parts.append(f"{name.replace('_rate', '')} {result[name]:.3f}")
+            parts.append(f"{name.replace('_', ' ')} {result[name]:.3f}")
     parts += [f"{name} {value:.4g}" for name, value in result["metrics"].items()]
     return f"{result['episodes']} episodes: " + ", ".join(parts)
+
+
+def paired_gain(result: dict, base: dict) -> dict:
+    """How much better one policy is than another on the same episodes: in success where the task has it, else in return.
+
+    Returns:
+        of, gain and its 95 % interval (low, high) from the paired differences.
+    """
+    of = "return" if result["success_rate"] is None else "success"
+    pairs = zip(result["per_episode"], base["per_episode"], strict=True)
+    difference = np.array([float(ours[of]) - float(theirs[of]) for ours, theirs in pairs])
+    half = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.inf
+    gain = difference.mean()
+    return {"of": of, "gain": float(gain), "low": float(gain - half), "high": float(gain + half)}
+
+
+def episode_scalars(recent: Any) -> dict[str, float | None]:
+    """The rollout/ scalars of the last finished training episodes."""
+
+    def mean(name: str) -> float | None:
+        values = [episode[name] for episode in recent]
+        return None if not values or values[0] is None else float(np.mean(values))
+
+    names = {"rollout/ep_reward": "return", "rollout/ep_length": "length", "rollout/success_rate_100": "success"}
+    return {scalar: mean(name) for scalar, name in names.items()}
+
+
+def evaluation_scalars(evaluation: dict | None) -> dict[str, float | None]:
+    """The eval/ scalars; None where there was no evaluation."""
+    names = {"eval/mean_reward": "mean_return", "eval/mean_ep_length": "mean_length", "eval/success_rate": "success_rate"}
+    return {scalar: evaluation[name] if evaluation else None for scalar, name in names.items()}
 
 
 class Zero:

@@ -8,14 +8,17 @@ import json
 import os
 import pickle
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
 import typing
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -28,7 +31,14 @@ import tyro
 from torch import nn
 
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy", "onnxruntime")
-MAY_DIFFER = ("resume", "total_timesteps", "run_root", "run_name", "track")  # between a run and its continuation
+POLICY_KEYS = ("kind", "env_id", "env_kwargs", "args", "agent", "step")
+# Settings that may differ between a run and its continuation, that no later run takes over from an earlier one, that
+# matter to --evaluate, and that matter to nothing else
+CONTINUING = ("resume", "total_timesteps", "run_root", "run_name", "config")
+PLACE = ("resume", "pretrained", "evaluate", "config", "run_root", "run_name", "track", "capture_video", "dry_run")
+ONLY_PLAY = ("compare_base", "json", "render")
+PLAY = ("env_id", "env_kwargs", "eval_env_kwargs", "eval_episodes", "eval_seed", "threads", "run_root", "evaluate",
+        "capture_video", *ONLY_PLAY)  # fmt: skip
 
 
 class UserError(ValueError):
@@ -68,24 +78,73 @@ def command_line() -> Iterator[None]:
         sys.exit(128 + interrupted.signum)
 
 
-def parse(args_class: type, tuned: Callable[[Any], dict], argv: list[str] | None = None) -> Any:
+def parse(args_class: type, tuned: Callable[[Any], dict], with_policy: tuple[str, ...] = (), argv: list[str] | None = None):
     """The command line as an Args. What it leaves out comes from the run to resume, the policy to evaluate or the
-    --config file, or else from tuned(args), the settings of the chosen task; --help shows the values in force."""
+    --config file, or else from tuned(args), the settings of the chosen task; --help shows the values in force.
+
+    with_policy: settings of this script that also matter when a policy file is evaluated.
+    """
     argv = sys.argv[1:] if argv is None else argv
     chosen = tyro.cli(args_class, args=[arg for arg in argv if arg not in ("-h", "--help")])
+    playing = chosen.evaluate is not None
     if chosen.resume is not None:
-        defaults = args_from(args_class, load_checkpoint(find_checkpoint(chosen.resume))["args"], chosen.resume)
-    elif chosen.evaluate is not None and is_policy_path(chosen.evaluate):
-        defaults = args_from(args_class, load_policy(chosen.evaluate)["args"], chosen.evaluate)
+        source, values = chosen.resume, load_checkpoint(find_checkpoint(chosen.resume))["args"]
+    elif playing and is_policy_path(chosen.evaluate):
+        source, values = chosen.evaluate, load_policy(chosen.evaluate)["args"]
     elif chosen.config is not None:
-        defaults = args_from(args_class, load_config(chosen.config), chosen.config)
+        source, values = chosen.config, load_config(chosen.config)
     else:
-        defaults = replace(args_class(), **tuned(chosen))
-    if chosen.resume is None:
-        # where a run came from and where it lies is no setting of the next one
-        own = ("resume", "pretrained", "evaluate", "config", "run_root", "run_name")
-        defaults = replace(defaults, **{name: getattr(args_class(), name) for name in own})
-    return tyro.cli(args_class, default=defaults, args=argv)
+        source, values = "tuned settings", tuned(chosen)
+    defaults = args_from(args_class, values, source)
+    if chosen.resume is None:  # where a run came from and where it lies is no setting of the next one
+        defaults = replace(defaults, **{name: getattr(args_class(), name) for name in PLACE})
+    if playing:  # how a run was evaluated while it trained is no setting of the final evaluation
+        defaults = replace(defaults, **{name: getattr(args_class(), name) for name in PLAY})
+    args = tyro.cli(args_class, default=defaults, args=argv)
+
+    used = PLAY + (with_policy if playing and is_policy_path(args.evaluate) else ())
+    for name in changed(args, defaults):
+        flag = f"--{name.replace('_', '-')}"
+        if playing and name not in used:
+            raise UserError(f"{flag} has no effect on --evaluate {args.evaluate}; leave it out")
+        if not playing and name in ONLY_PLAY:
+            raise UserError(f"{flag} works only with --evaluate")
+    return args
+
+
+def changed(args: Any, other: Any) -> list[str]:
+    """Names of the fields in which two Args differ."""
+    return [field.name for field in fields(args) if getattr(args, field.name) != getattr(other, field.name)]
+
+
+def check(args: Any) -> None:
+    """What all training scripts ask of their settings.
+
+    Raises:
+        UserError: a value that cannot work.
+    """
+    batch = args.num_envs * args.num_steps
+    for name in ("num_envs", "num_steps", "update_epochs", "threads", "eval_episodes", "hidden_sizes"):
+        if np.min(getattr(args, name), initial=1) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    for name in ("eval_every", "checkpoint_every", "critic_warmup", "seed", "eval_seed", "ent_coef", "vf_coef", "weight_decay"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
+    for name in ("learning_rate", "clip_coef", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {getattr(args, name)}")
+    if args.minibatch_size < 2 or batch % args.minibatch_size:
+        raise UserError(f"--minibatch-size {args.minibatch_size} must be at least 2 and divide num_envs * num_steps = {batch}")
+    if args.total_timesteps < batch:
+        raise UserError(f"--total-timesteps {args.total_timesteps} is less than one rollout, num_envs * num_steps = {batch}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu, or install PyTorch with CUDA")
+    for name in ("training", "split", "threads", "render_mode"):
+        if name in args.env_kwargs or name in args.eval_env_kwargs:
+            raise UserError(f"{name} is not for --env-kwargs: the script sets it")
 
 
 def args_from(args_class: type, values: dict, source: str) -> Any:
@@ -133,18 +192,62 @@ def load_config(path: str) -> dict:
     return content.get("args", content)
 
 
-def require_finite(what: str, x: np.ndarray | torch.Tensor, step: int) -> None:
-    """x (N, ...) has a row for each environment.
+def require_finite(what: str, x: np.ndarray, step: int) -> None:
+    """x: (N, ...), a row for each environment.
 
     Raises:
         FloatingPointError: names the step and the environment of the first value that is not finite.
     """
-    finite = np.isfinite(x) if isinstance(x, np.ndarray) else torch.isfinite(x)
-    if not finite.all():
-        row = int(finite.reshape(len(x), -1).all(1).argmin()) if isinstance(x, np.ndarray) else int(
-            finite.reshape(len(x), -1).all(1).int().argmin()
-        )
-        raise FloatingPointError(f"{what} not finite at step {step} in environment {row}; the last checkpoint is intact")
+    if not np.isfinite(x).all():
+        row = int(np.isfinite(x).reshape(len(x), -1).all(1).argmin())
+        raise FloatingPointError(f"{what} not finite at step {step} in environment {row}; the last checkpoint is good")
+
+
+def require_finite_update(agent: nn.Module, stats: torch.Tensor, step: int) -> None:
+    """Raises FloatingPointError if an update left a loss or a parameter that is not finite."""
+    if not torch.isfinite(stats).all():
+        raise FloatingPointError(f"loss not finite at step {step}; the last checkpoint is good; try a lower --learning-rate")
+    for name, parameter in agent.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise FloatingPointError(f"{name} not finite after step {step}; the last checkpoint is good; try a lower --learning-rate")
+
+
+# PyTorch
+
+
+def prepare_torch(args: Any) -> torch.device:
+    """Threads, seed and determinism as args say; the device to use."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile, able to see through loss.backward() where this version of PyTorch can."""
+    if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        raise UserError("--compile needs a C++ compiler (g++ or clang++); install one or leave --compile out")
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        torch._dynamo.config.trace_autograd_ops = True
+    return torch.compile(function)
+
+
+def rng_state() -> dict:
+    """PyTorch's random generators."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def due(every: int, step: int, batch_size: int) -> bool:
+    """Whether a multiple of `every` steps lies in the batch that ended at `step`; never if every is 0."""
+    return every > 0 and step // every > (step - batch_size) // every
 
 
 # Files: written whole or not at all
@@ -203,7 +306,7 @@ def load(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: empty, damaged or not a file of this project; use another checkpoint") from error
-    if not isinstance(content, dict) or not {"kind", "agent", "env_id", "args"} <= content.keys():
+    if not isinstance(content, dict) or not set(POLICY_KEYS) <= content.keys():
         raise UserError(f"{path}: not a policy of this project; give best.pt, final.pt or checkpoints/step_*.pt of a run")
     return content
 
@@ -221,9 +324,14 @@ def is_policy_path(name: str) -> bool:
     return name.endswith(".pt") or os.sep in name.removesuffix(".onnx") and not name.startswith("blend:") or Path(name).is_dir()
 
 
+def policy_file(path: str) -> Path:
+    """best.pt of a run directory, or the file itself."""
+    return Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+
+
 def load_policy(path: str, kind: str | None = None) -> dict:
-    """A policy file, or best.pt of a run directory; with `kind` (policy, residual) another kind is refused."""
-    file = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+    """A policy file, or the best policy of a run; with `kind` (policy, residual) another kind is refused."""
+    file = policy_file(path)
     policy = load(file)
     if kind is not None and policy["kind"] != kind:
         raise UserError(f"{file}: holds a {policy['kind']}, where a {kind} is needed; use the script that trained it")
@@ -232,10 +340,11 @@ def load_policy(path: str, kind: str | None = None) -> dict:
 
 def find_checkpoint(path: str) -> Path:
     """The file itself, or a run directory's newest readable checkpoint; damaged ones are skipped and named."""
-    if not Path(path).is_dir():
-        return Path(path)
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder
     found = []
-    for file in [*Path(path).glob("checkpoints/step_*.pt"), *Path(path).glob("interrupted.pt"), *Path(path).glob("final.pt")]:
+    for file in [*folder.glob("checkpoints/step_*.pt"), *folder.glob("interrupted.pt"), *folder.glob("final.pt")]:
         try:
             found.append((load_checkpoint(file)["step"], file))
         except UserError as error:
@@ -245,35 +354,57 @@ def find_checkpoint(path: str) -> Path:
     return max(found)[1]
 
 
-def load_agent(agent: nn.Module, policy: dict, source: str) -> None:
+def load_to_resume(args: Any, last_step: int) -> dict:
+    """The checkpoint that args.resume names, if args continue its run.
+
+    Raises:
+        UserError: args differ in more than the total and the place, or the run is complete.
+    """
+    checkpoint = load_checkpoint(find_checkpoint(args.resume))
+    before = args_from(type(args), checkpoint["args"], args.resume)
+    for name in changed(args, before):
+        if name not in CONTINUING:
+            flag, old = f"--{name.replace('_', '-')}", getattr(before, name)
+            raise UserError(f"{flag} was {old!r} in {args.resume} and cannot change; --pretrained starts a new run from a policy")
+    if checkpoint["step"] >= last_step:
+        raise UserError(f"{args.resume} is complete at {checkpoint['step']} steps; give a larger --total-timesteps to go on")
+    return checkpoint
+
+
+def load_agent(agent: nn.Module, policy: dict, args: Any, source: str) -> None:
     """Copy actor, critic and normaliser from a policy file.
 
     Raises:
-        UserError: the networks have other sizes.
+        UserError: it belongs to another environment, or its networks have other sizes.
     """
-    own = agent.state_dict()
-    for name in [*own, *policy["agent"]]:
-        shapes = [tuple(state[name].shape) if name in state else "absent" for state in (policy["agent"], own)]
-        if shapes[0] != shapes[1]:
-            raise UserError(f"{source}: {name} is {shapes[0]} there, {shapes[1]} here; use the same --hidden-sizes and task")
-    agent.load_state_dict(policy["agent"])
+    if policy["env_id"] != args.env_id:
+        raise UserError(f"{source}: a policy for {policy['env_id']}, not for {args.env_id}")
+    own, theirs = agent.state_dict(), policy["agent"]
+    for name in {**own, **theirs}:
+        here, there = (tuple(state[name].shape) if name in state else "absent" for state in (own, theirs))
+        if here != there:
+            raise UserError(f"{source}: {name} is {there} there and {here} here; use the --hidden-sizes it was trained with")
+    agent.load_state_dict(theirs)
 
 
-def export_onnx(policy: nn.Module, obs_dim: int, path: Path, kind: str) -> None:
-    """input obs (batch, obs_dim) -> output action; the kind (policy, residual) stands in the file's metadata."""
-    buffer = io.BytesIO()
-    program = torch.onnx.export(
-        policy.eval(),
-        (torch.zeros(2, obs_dim),),
-        input_names=["obs"],
-        output_names=["action"],
-        dynamic_shapes={"obs": {0: torch.export.Dim("batch")}},
-        dynamo=True,
-        verbose=False,
-    )
-    program.model.metadata_props["kind"] = kind
-    program.save(buffer)
-    write_whole(path, buffer.getvalue())
+def export_onnx(agent: nn.Module, obs_dim: int, path: Path, kind: str) -> None:
+    """The deployed policy, normaliser included: input obs (batch, obs_dim), output action; the kind (policy, residual)
+    stands in the file's metadata."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter talks much
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            deepcopy(agent).cpu().eval(),
+            (torch.zeros(2, obs_dim),),
+            input_names=["obs"],
+            output_names=["action"],
+            dynamic_shapes={"obs": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            verbose=False,
+        )
+    model = program.model_proto
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "kind", kind
+    write_whole(path, model.SerializeToString())
 
 
 # The run directory
@@ -389,20 +520,34 @@ class Run:
     def save(self, name: str, content: dict) -> None:
         save(self.folder / name, content)
 
+    def save_policy(self, name: str, checkpoint: dict) -> None:
+        """The part of a checkpoint that is a policy file."""
+        self.save(name, {key: checkpoint[key] for key in POLICY_KEYS})
+
     def log(self, step: int, scalars: dict[str, float | None]) -> None:
-        """To TensorBoard, progress.csv and Weights & Biases; None where a figure does not exist yet."""
-        for name, value in scalars.items():
-            if value is not None:
-                self.writer.add_scalar(name, value, step)
+        """To TensorBoard, progress.csv, Weights & Biases and the status line; None where a figure does not exist yet."""
+        sps = (step - self.start_step) / (time.time() - self.start_time)
+        scalars = {**scalars, "time/sps": sps}
+        known = {name: value for name, value in scalars.items() if value is not None}
+        for name, value in known.items():
+            self.writer.add_scalar(name, value, step)
         if self.wandb is not None:
-            self.wandb.log({name: value for name, value in scalars.items() if value is not None}, step=step)
-        row = {"step": step, **scalars}
-        path = self.folder / "progress.csv"
-        with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
+            self.wandb.log(known, step=step)
+        with open(self.folder / "progress.csv", "a", newline="") as file:
+            writer = csv.DictWriter(file, ["step", *scalars])
             if file.tell() == 0:
                 writer.writeheader()
-            writer.writerow(row)
+            writer.writerow({"step": step, **scalars})
+
+        parts = [f"{step:>9,}/{self.args.total_timesteps:,} steps", f"{sps:,.0f} steps/s"]
+        for label, name in (("return", "rollout/ep_reward"), ("success", "rollout/success_rate_100")):
+            if name in known:
+                parts.append(f"{label} {known[name]:.2f}")
+        line = "  ".join([*parts, f"{(self.args.total_timesteps - step) / sps:.0f} s left"])
+        if sys.stderr.isatty():
+            print("\r" + line.ljust(90), end="", file=sys.stderr, flush=True)
+        elif "eval/mean_reward" in known:  # a log file gets a line at each evaluation
+            print(line, file=sys.stderr, flush=True)
 
     def _write_progress(self, rows: list[dict]) -> None:
         buffer = io.StringIO(newline="")
@@ -416,19 +561,6 @@ class Run:
         """Add lines to a .jsonl log."""
         with open(self.folder / name, "a") as file:
             file.writelines(json.dumps(plain(row)) + "\n" for row in rows)
-
-    def status(self, step: int, total: int, episode_return: float | None, success: float | None) -> None:
-        """One line, updated in place."""
-        elapsed = max(time.time() - self.start_time, 1e-9)
-        sps = (step - self.start_step) / elapsed
-        parts = [f"{step:>9,}/{total:,} steps", f"{sps:,.0f} steps/s"]
-        if episode_return is not None:
-            parts.append(f"return {episode_return:.2f}")
-        if success is not None:
-            parts.append(f"success {success:.2f}")
-        parts.append(f"{(total - step) / max(sps, 1e-9):.0f} s left")
-        if sys.stderr.isatty():
-            print("\r" + "  ".join(parts).ljust(90), end="", file=sys.stderr, flush=True)
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -224,9 +224,9 @@ class IK:
     HOVER, PRESS = 0.03, -0.003  # m: height aimed at above the sheet, and when pressing on it
     CONTACT = 0.014  # m: below this the fingertips are taken to press
     NEAR_ABOVE, NEAR_PRESSING = 0.015, 0.05  # m from the sheet's centre: near enough to go down, to go on pressing
-    PITCH = 1.3  # rad: gripper pointing down, both fingertips at one height
+    PITCH = 1.2  # rad: gripper pointing down, both fingertips at one height
     PITCH_WEIGHT = 0.1  # m/rad: what an error in pitch counts beside one in position
-    DAMPING = 0.03
+    DAMPING = 0.02
 
     def __init__(self):
         self.model = mujoco.MjModel.from_xml_path(str(ASSET))
@@ -258,6 +258,7 @@ class IK:
 
         action = np.zeros((len(obs), 6), np.float32)
         action[:, :4] = dq[:, :, 0].clip(-MAX_DELTA, MAX_DELTA)
+        action[:, 4] = action[:, 0]  # the wrist undoes the pan's turn, so that dragging does not turn the sheet
         return action
 
     def _jacobian(self, joints: np.ndarray, tip: np.ndarray) -> np.ndarray:
