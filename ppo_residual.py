@@ -19,6 +19,7 @@ The residual is an ordinary Gaussian policy, so the PPO below (Schulman et al. 2
 from collections import deque
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from math import log, pi, sqrt
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -190,13 +191,13 @@ class RewardScaler(nn.Module):
 def mlp(sizes: list[int], gain: float) -> nn.Sequential:
     """Linear layers with tanh between them; orthogonal weights, scaled by `gain` in the last."""
     layers: list[nn.Module] = []
-    for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:])):
-        last = i == len(sizes) - 2
+    for n_in, n_out in pairwise(sizes):
         layer = nn.Linear(n_in, n_out)
-        nn.init.orthogonal_(layer.weight, gain if last else sqrt(2))
+        nn.init.orthogonal_(layer.weight, sqrt(2))
         nn.init.zeros_(layer.bias)
-        layers += [layer] if last else [layer, nn.Tanh()]
-    return nn.Sequential(*layers)
+        layers += [layer, nn.Tanh()]
+    nn.init.orthogonal_(layer.weight, gain)
+    return nn.Sequential(*layers[:-1])
 
 
 class Agent(nn.Module):
@@ -222,7 +223,9 @@ class Agent(nn.Module):
     def value(self, obs: torch.Tensor) -> torch.Tensor:
         return self.critic(self.normalizer(obs)).squeeze(-1)
 
-    def evaluate_actions(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def evaluate_actions(
+        self, obs: torch.Tensor, action: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """log pi(action | obs) (batch,), the policy's entropy () and V(obs) (batch,)."""
         obs = self.normalizer(obs)
         # log N(a; mu, sigma) = -z^2 / 2 - log sigma - log(2 pi) / 2 with z = (a - mu) / sigma, summed over components
@@ -242,7 +245,12 @@ class Corrected:
     how many observations share its batch."""
 
     def __init__(self, agent: Agent, base_policy: rollout.Policy, args: Args, space):
-        self.agent, self.base_policy, self.args, self.space = deepcopy(agent).cpu().double(), base_policy, args, space
+        self.agent, self.base_policy, self.args, self.space = (
+            deepcopy(agent).cpu().double(),
+            base_policy,
+            args,
+            space,
+        )
 
     @torch.no_grad()
     def __call__(self, obs: np.ndarray) -> np.ndarray:
@@ -254,7 +262,9 @@ class Batch(NamedTuple):
     """The transitions of one rollout, each field (T, N, ...); index t holds transition t only."""
 
     obs: torch.Tensor
-    action: torch.Tensor  # the residual as it was drawn, before clipping: its log-probability is that of the unclipped one
+    action: (
+        torch.Tensor
+    )  # the residual as it was drawn, before clipping: its log-probability is that of the unclipped one
     next_obs: torch.Tensor  # where the action led, never the first observation of the next episode
     reward: torch.Tensor
     terminated: torch.Tensor
@@ -351,6 +361,31 @@ def update(agent, optimizer, compute_gradient, args, critic_only: bool, data: tu
     return torch.stack(history).mean(0)
 
 
+def learn(agent, optimizer, scaler, compute_gradient, args, batch: Batch, critic_only: bool) -> dict[str, float]:
+    """Make the agent better by what it did in `batch`. Returns the train/ scalars."""
+    unseen = args.norm_obs and agent.normalizer.count == 0
+    if unseen:  # a new policy hardly depends on the observation: its last layer begins near zero
+        agent.normalizer.update(batch.obs.flatten(0, 1))
+
+    reward = scaler(batch.reward, batch.done) if args.norm_reward else batch.reward
+    with torch.no_grad():
+        logprob, _, value = agent.evaluate_actions(batch.obs, batch.action)
+        next_value = agent.value(batch.next_obs)
+    advantage = gae(reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
+    target = advantage + value
+    data = tuple(x.flatten(0, 1) for x in (batch.obs, batch.action, logprob, advantage, target, value))
+    stats = update(agent, optimizer, compute_gradient, args, critic_only, data)
+
+    if args.norm_obs and not unseen:  # only now, so that old and new log-probabilities saw the same observations
+        agent.normalizer.update(batch.obs.flatten(0, 1))
+    return {
+        **{f"train/{name}": x for name, x in zip(STATS, stats.tolist(), strict=True)},
+        "train/explained_variance": 1 - ((target - value).var() / target.var()).item(),
+        "train/learning_rate": optimizer.param_groups[0]["lr"],
+        "train/residual_magnitude": batch.action.clamp(-1, 1).norm(dim=-1).mean().item(),
+    }
+
+
 def make_agent(vec, args: Args) -> Agent:
     bound = np.ones(vec.single_action_space.shape, np.float32)
     return Agent(vec.single_observation_space.shape[0], -bound, bound, args)
@@ -366,104 +401,84 @@ def train(args: Args) -> dict:
     if args.dry_run:
         args = replace(args, total_timesteps=args.num_envs * args.num_steps, eval_episodes=2)
     run.check(args)
+    batch_size = args.num_envs * args.num_steps
+    iterations = args.total_timesteps // batch_size
     device = run.prepare_torch(args)
     vec = envs.make_vec(args.env_id, args.num_envs, threads=args.threads, **args.env_kwargs)
     envs.require_flat_box(vec)
     base_policy = rollout.scripted(args.base_policy, vec)
-    agent = make_agent(vec, args)
+    agent = make_agent(vec, args).to(device)
+    optimizer = torch.optim.AdamW(
+        agent.parameters(), args.learning_rate, eps=1e-5, weight_decay=args.weight_decay, fused=True
+    )
     scaler = RewardScaler(args.num_envs, args.gamma).to(device)
-
-    resumed, parents, best, recent = None, {}, None, deque(maxlen=100)
-    batch_size = args.num_envs * args.num_steps
-    iterations = args.total_timesteps // batch_size
-    if args.base_policy.endswith(".onnx"):
-        parents["base_policy"] = args.base_policy
-    if args.pretrained is not None:
-        policy = run.load_policy(args.pretrained, kind="residual")
-        run.load_agent(agent, policy, args, args.pretrained)
-        parents["pretrained"] = run.policy_file(args.pretrained)
-    agent.to(device)
-    optimizer = torch.optim.AdamW(agent.parameters(), args.learning_rate, eps=1e-5, weight_decay=args.weight_decay, fused=True)
+    gradient = run.compiled(compute_gradient) if args.compile else compute_gradient
     obs, _ = vec.reset(seed=args.seed)
+    step, best, recent, resumed = 0, None, deque(maxlen=100), None
+
+    if args.pretrained is not None:
+        run.load_agent(agent, run.load_policy(args.pretrained, kind="residual"), args, args.pretrained)
     if args.resume is not None:
         resumed = run.load_to_resume(args, iterations * batch_size)
         agent.load_state_dict(resumed["agent"])
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["reward_scaler"])
-        best, recent = resumed["best"], deque(resumed["recent"], maxlen=100)
+        step, best = resumed["step"], resumed["best"]
+        recent.extend(resumed["recent"])
         if resumed["envs"] is not None:
             vec.load_state_dict(resumed["envs"])
             obs = resumed["obs"].numpy()
         run.set_rng_state(resumed["rng"])
-    first = resumed["step"] // batch_size + 1 if resumed else 1
-    gradient = run.compiled(compute_gradient) if args.compile else compute_gradient
 
-    with run.Run("ppo_residual", args, resumed, parents) as this:
-        for iteration in range(first, iterations + 1):
-            step = (iteration - 1) * batch_size
+    def checkpoint() -> dict:
+        return {
+            # this part is a policy file
+            "kind": "residual", "env_id": args.env_id, "env_kwargs": args.env_kwargs, "args": asdict(args),
+            "agent": agent.state_dict(), "step": step,
+            # and the rest is what resuming needs
+            "optimizer": optimizer.state_dict(), "reward_scaler": scaler.state_dict(),
+            "envs": vec.state_dict() if hasattr(vec, "state_dict") else None, "obs": obs,
+            "recent": list(recent), "best": best, "rng": run.rng_state(),
+        }  # fmt: skip
 
-            def checkpoint() -> dict:
-                return {
-                    # a policy file is this part
-                    "kind": "residual", "env_id": args.env_id, "env_kwargs": args.env_kwargs, "args": asdict(args),
-                    "agent": agent.state_dict(), "step": step,
-                    # and resuming needs the rest
-                    "optimizer": optimizer.state_dict(), "reward_scaler": scaler.state_dict(),
-                    "envs": vec.state_dict() if hasattr(vec, "state_dict") else None, "obs": obs,
-                    "recent": list(recent), "best": best, "rng": run.rng_state(),
-                }  # fmt: skip
-
+    with run.Run(
+        "ppo_residual",
+        args,
+        resumed,
+        parents={"base_policy": args.base_policy, "pretrained": args.pretrained},
+    ) as this:
+        for iteration in range(step // batch_size + 1, iterations + 1):
             this.snapshot = deepcopy(checkpoint())
-
             batch, obs, episodes = collect(agent, vec, base_policy, args, obs, step, device)
+            recent.extend(episodes)
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / iterations)
+            scalars = learn(
+                agent, optimizer, scaler, gradient, args, batch, critic_only=iteration <= args.critic_warmup
+            )
             step += batch_size
-            recent += episodes
-            unseen = args.norm_obs and agent.normalizer.count == 0
-            if unseen:  # a new policy hardly depends on the observation: its last layer begins near zero
-                agent.normalizer.update(batch.obs.flatten(0, 1))
-
-            reward = scaler(batch.reward, batch.done) if args.norm_reward else batch.reward
-            with torch.no_grad():
-                logprob, _, value = agent.evaluate_actions(batch.obs, batch.action)
-                next_value = agent.value(batch.next_obs)
-            advantage = gae(reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
-            target = advantage + value
-
-            lr = args.learning_rate * (1 - (iteration - 1) / iterations if args.anneal_lr else 1)
-            optimizer.param_groups[0]["lr"] = lr
-            data = tuple(x.flatten(0, 1) for x in (batch.obs, batch.action, logprob, advantage, target, value))
-            stats = update(agent, optimizer, gradient, args, iteration <= args.critic_warmup, data)
-            if args.norm_obs and not unseen:  # after the update, so that old and new log-probabilities see the same
-                agent.normalizer.update(batch.obs.flatten(0, 1))
-            run.require_finite_update(agent, stats, step)
+            run.require_finite_update(agent, scalars, step)
 
             evaluation = None
             if iteration == iterations or run.due(args.eval_every, step, batch_size):
-                played = Corrected(agent, base_policy, args, vec.single_action_space)
-                video = this.folder / "videos" / f"step_{step:09d}.mp4" if args.capture_video else None
-                evaluation = rollout.evaluate(played, args, "validation", video)
-                this.append("evaluations.jsonl", [{"step": step, **evaluation, "per_episode": None}])
+                policy = Corrected(agent, base_policy, args, vec.single_action_space)
+                evaluation = rollout.evaluate(policy, args, "validation", this.video(step))
                 score = [evaluation["success_rate"] or 0.0, evaluation["mean_return"]]
                 if best is None or score > best["score"]:
                     best = {"score": score, "step": step, "agent": deepcopy(agent.state_dict())}
                     this.save_policy("best.pt", checkpoint())
+            this.log(step, {**rollout.episode_scalars(recent), **scalars, **rollout.evaluation_scalars(evaluation)})
+            this.append_logs(step, episodes, evaluation)
             if run.due(args.checkpoint_every, step, batch_size):
                 this.save(f"checkpoints/step_{step:09d}.pt", checkpoint())
 
-            this.append("episodes.jsonl", episodes)
-            this.log(step, {
-                **rollout.episode_scalars(recent),
-                **{f"train/{name}": x for name, x in zip(STATS, stats.tolist())},
-                "train/explained_variance": 1 - ((target - value).var() / target.var()).item(),
-                "train/learning_rate": lr,
-                "train/residual_magnitude": batch.action.clamp(-1, 1).norm(dim=-1).mean().item(),
-                **rollout.evaluation_scalars(evaluation),
-            })  # fmt: skip
-
         this.save("final.pt", checkpoint())
         agent.load_state_dict(best["agent"])
-        run.export_onnx(agent, len(obs[0]), this.folder / "policy.onnx", kind="residual")
-        return this.finish(step, best={**best, "agent": None})
+        run.export_onnx(agent, obs.shape[1], this.folder / "policy.onnx", kind="residual")
+        return this.finish(
+            step,
+            best={"step": best["step"], "success_rate": best["score"][0], "mean_return": best["score"][1]},
+        )
 
 
 def evaluate(args: Args) -> dict:
@@ -487,7 +502,9 @@ def evaluate(args: Args) -> dict:
         base = rollout.evaluate(base_policy, args)
         gain = rollout.paired_gain(result, base)
         print(f"base alone: {rollout.describe(base)}")
-        print(f"paired gain in {gain['of']}: {gain['gain']:+.3f}, 95 % interval {gain['low']:+.3f} to {gain['high']:+.3f}")
+        print(
+            f"paired gain in {gain['of']}: {gain['gain']:+.3f}, 95 % interval {gain['low']:+.3f} to {gain['high']:+.3f}"
+        )
         result |= {"base": base, "gain": gain}
     if args.json is not None:
         run.write_json(Path(args.json), result)
@@ -496,7 +513,11 @@ def evaluate(args: Args) -> dict:
 
 def main() -> None:
     with run.command_line():
-        args = run.parse(Args, lambda args: TUNED.get(args.base_policy, {}), with_policy=("base_policy", "alpha", "act_scale"))
+        args = run.parse(
+            Args,
+            lambda args: TUNED.get(args.base_policy, {}),
+            with_policy=("base_policy", "alpha", "act_scale"),
+        )
         evaluate(args) if args.evaluate is not None else train(args)
 
 

@@ -25,7 +25,9 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any)
     try:
         spec = gym.spec(env_id.removeprefix("envs:"))
     except gym.error.Error:
-        raise UserError(f"unknown environment {env_id!r}; ours are {', '.join(OURS)}, others as Gymnasium lists them") from None
+        raise UserError(
+            f"unknown environment {env_id!r}; ours are {', '.join(OURS)}, others as Gymnasium lists them"
+        ) from None
     if num_envs < 1:
         raise UserError(f"num_envs must be at least 1, not {num_envs}")
     try:

@@ -64,7 +64,9 @@ class BatchEnv(gym.vector.VectorEnv):
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
         if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode must be one of {', '.join(self.metadata['render_modes'])}, not {render_mode!r}")
+            raise ValueError(
+                f"render_mode must be one of {', '.join(self.metadata['render_modes'])}, not {render_mode!r}"
+            )
         self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
         self.training, self.split, self.render_mode = training, split, render_mode
         self.single_observation_space, self.single_action_space = observation_space, action_space

@@ -35,7 +35,9 @@ def rollout(policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callabl
     while missing:
         action = policy(obs)
         if not np.isfinite(action).all():
-            raise FloatingPointError(f"the policy's action is not finite in episode {playing[~np.isfinite(action).all(1)][0]}")
+            raise FloatingPointError(
+                f"the policy's action is not finite in episode {playing[~np.isfinite(action).all(1)][0]}"
+            )
         obs, _, terminated, truncated, info = vec.step(action)
         done = terminated | truncated
         if on_step is not None:
@@ -83,13 +85,26 @@ def evaluate(policy: Policy, args: Any, split: str = "test", video: Path | None 
     env_kwargs = {**args.env_kwargs, **args.eval_env_kwargs}
     render_mode = args.render or ("rgb_array" if video else None)
     rows = min(ROWS, args.eval_episodes)
-    vec = envs.make_vec(args.env_id, rows, training=False, split=split, threads=args.threads, render_mode=render_mode, **env_kwargs)
+    vec = envs.make_vec(
+        args.env_id,
+        rows,
+        training=False,
+        split=split,
+        threads=args.threads,
+        render_mode=render_mode,
+        **env_kwargs,
+    )
     try:
         film = Film(vec, video) if video else None
         results = rollout(policy, vec, args.eval_episodes, args.eval_seed, film)
     finally:
         vec.close()
-    about = {"env_id": args.env_id, "env_kwargs": env_kwargs, "episodes": len(results), "seed": args.eval_seed}
+    about = {
+        "env_id": args.env_id,
+        "env_kwargs": env_kwargs,
+        "episodes": len(results),
+        "seed": args.eval_seed,
+    }
     return {**about, **summarize(results)}
 
 
@@ -138,7 +153,10 @@ def summarize(results: list[dict]) -> dict:
 
 def describe(result: dict) -> str:
     """An evaluation in one line."""
-    parts = [f"return {result['mean_return']:.2f} +- {result['std_return']:.2f}", f"length {result['mean_length']:.1f}"]
+    parts = [
+        f"return {result['mean_return']:.2f} +- {result['std_return']:.2f}",
+        f"length {result['mean_length']:.1f}",
+    ]
     for name in ("success_rate", "failure_rate"):
         if result[name] is not None:
             parts.append(f"{name.replace('_', ' ')} {result[name]:.3f}")
@@ -167,13 +185,21 @@ def episode_scalars(recent: Any) -> dict[str, float | None]:
         values = [episode[name] for episode in recent]
         return None if not values or values[0] is None else float(np.mean(values))
 
-    names = {"rollout/ep_reward": "return", "rollout/ep_length": "length", "rollout/success_rate_100": "success"}
+    names = {
+        "rollout/ep_reward": "return",
+        "rollout/ep_length": "length",
+        "rollout/success_rate_100": "success",
+    }
     return {scalar: mean(name) for scalar, name in names.items()}
 
 
 def evaluation_scalars(evaluation: dict | None) -> dict[str, float | None]:
     """The eval/ scalars; None where there was no evaluation."""
-    names = {"eval/mean_reward": "mean_return", "eval/mean_ep_length": "mean_length", "eval/success_rate": "success_rate"}
+    names = {
+        "eval/mean_reward": "mean_return",
+        "eval/mean_ep_length": "mean_length",
+        "eval/success_rate": "success_rate",
+    }
     return {scalar: evaluation[name] if evaluation else None for scalar, name in names.items()}
 
 
@@ -194,7 +220,9 @@ class OnnxPolicy:
         import onnxruntime
 
         if not Path(path).is_file():
-            raise UserError(f"{path}: no such file; a base policy is zero, a scripted controller, PATH.onnx or blend:A:B:w")
+            raise UserError(
+                f"{path}: no such file; a base policy is zero, a scripted controller, PATH.onnx or blend:A:B:w"
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         try:

@@ -35,7 +35,17 @@ POLICY_KEYS = ("kind", "env_id", "env_kwargs", "args", "agent", "step")
 # Settings that may differ between a run and its continuation, that no later run takes over from an earlier one, that
 # matter to --evaluate, and that matter to nothing else
 CONTINUING = ("resume", "total_timesteps", "run_root", "run_name", "config")
-PLACE = ("resume", "pretrained", "evaluate", "config", "run_root", "run_name", "track", "capture_video", "dry_run")
+PLACE = (
+    "resume",
+    "pretrained",
+    "evaluate",
+    "config",
+    "run_root",
+    "run_name",
+    "track",
+    "capture_video",
+    "dry_run",
+)
 ONLY_PLAY = ("compare_base", "json", "render")
 PLAY = ("env_id", "env_kwargs", "eval_env_kwargs", "eval_episodes", "eval_seed", "threads", "run_root", "evaluate",
         "capture_video", *ONLY_PLAY)  # fmt: skip
@@ -78,7 +88,12 @@ def command_line() -> Iterator[None]:
         sys.exit(128 + interrupted.signum)
 
 
-def parse(args_class: type, tuned: Callable[[Any], dict], with_policy: tuple[str, ...] = (), argv: list[str] | None = None):
+def parse(
+    args_class: type,
+    tuned: Callable[[Any], dict],
+    with_policy: tuple[str, ...] = (),
+    argv: list[str] | None = None,
+):
     """The command line as an Args. What it leaves out comes from the run to resume, the policy to evaluate or the
     --config file, or else from tuned(args), the settings of the chosen task; --help shows the values in force.
 
@@ -127,7 +142,16 @@ def check(args: Any) -> None:
     for name in ("num_envs", "num_steps", "update_epochs", "threads", "eval_episodes", "hidden_sizes"):
         if np.min(getattr(args, name), initial=1) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in ("eval_every", "checkpoint_every", "critic_warmup", "seed", "eval_seed", "ent_coef", "vf_coef", "weight_decay"):
+    for name in (
+        "eval_every",
+        "checkpoint_every",
+        "critic_warmup",
+        "seed",
+        "eval_seed",
+        "ent_coef",
+        "vf_coef",
+        "weight_decay",
+    ):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
     for name in ("learning_rate", "clip_coef", "max_grad_norm"):
@@ -137,9 +161,13 @@ def check(args: Any) -> None:
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {getattr(args, name)}")
     if args.minibatch_size < 2 or batch % args.minibatch_size:
-        raise UserError(f"--minibatch-size {args.minibatch_size} must be at least 2 and divide num_envs * num_steps = {batch}")
+        raise UserError(
+            f"--minibatch-size {args.minibatch_size} must be at least 2 and divide num_envs * num_steps = {batch}"
+        )
     if args.total_timesteps < batch:
-        raise UserError(f"--total-timesteps {args.total_timesteps} is less than one rollout, num_envs * num_steps = {batch}")
+        raise UserError(
+            f"--total-timesteps {args.total_timesteps} is less than one rollout, num_envs * num_steps = {batch}"
+        )
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu, or install PyTorch with CUDA")
     for name in ("training", "split", "threads", "render_mode"):
@@ -203,13 +231,14 @@ def require_finite(what: str, x: np.ndarray, step: int) -> None:
         raise FloatingPointError(f"{what} not finite at step {step} in environment {row}; the last checkpoint is good")
 
 
-def require_finite_update(agent: nn.Module, stats: torch.Tensor, step: int) -> None:
-    """Raises FloatingPointError if an update left a loss or a parameter that is not finite."""
-    if not torch.isfinite(stats).all():
-        raise FloatingPointError(f"loss not finite at step {step}; the last checkpoint is good; try a lower --learning-rate")
-    for name, parameter in agent.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise FloatingPointError(f"{name} not finite after step {step}; the last checkpoint is good; try a lower --learning-rate")
+def require_finite_update(agent: nn.Module, scalars: dict[str, float], step: int) -> None:
+    """Raises FloatingPointError if an update left a statistic or a parameter that is not finite."""
+    wrong = [name for name, value in scalars.items() if "variance" not in name and not np.isfinite(value)]
+    wrong += [name for name, parameter in agent.named_parameters() if not torch.isfinite(parameter).all()]
+    if wrong:
+        raise FloatingPointError(
+            f"{wrong[0]} not finite after the update at step {step}; the last checkpoint is good; try a lower --learning-rate"
+        )
 
 
 # PyTorch
@@ -236,7 +265,10 @@ def compiled(function: Callable) -> Callable:
 
 def rng_state() -> dict:
     """PyTorch's random generators."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
 def set_rng_state(state: dict) -> None:
@@ -304,10 +336,19 @@ def load(path: Path) -> dict:
         raise UserError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
         raise UserError(f"{path}: empty, damaged or not a file of this project; use another checkpoint") from error
     if not isinstance(content, dict) or not set(POLICY_KEYS) <= content.keys():
-        raise UserError(f"{path}: not a policy of this project; give best.pt, final.pt or checkpoints/step_*.pt of a run")
+        raise UserError(
+            f"{path}: not a policy of this project; give best.pt, final.pt or checkpoints/step_*.pt of a run"
+        )
     return content
 
 
@@ -321,7 +362,8 @@ def load_checkpoint(path: Path) -> dict:
 
 def is_policy_path(name: str) -> bool:
     """Whether --evaluate's argument is a policy file or a run directory, not the name of a scripted controller."""
-    return name.endswith(".pt") or os.sep in name.removesuffix(".onnx") and not name.startswith("blend:") or Path(name).is_dir()
+    scripted = name.endswith(".onnx") or name.startswith("blend:")
+    return not scripted and (name.endswith(".pt") or os.sep in name or Path(name).is_dir())
 
 
 def policy_file(path: str) -> Path:
@@ -344,13 +386,19 @@ def find_checkpoint(path: str) -> Path:
     if not folder.is_dir():
         return folder
     found = []
-    for file in [*folder.glob("checkpoints/step_*.pt"), *folder.glob("interrupted.pt"), *folder.glob("final.pt")]:
+    for file in [
+        *folder.glob("checkpoints/step_*.pt"),
+        *folder.glob("interrupted.pt"),
+        *folder.glob("final.pt"),
+    ]:
         try:
             found.append((load_checkpoint(file)["step"], file))
         except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
     if not found:
-        raise UserError(f"{path}: no readable checkpoint in this directory; --resume takes a run directory or a .pt file")
+        raise UserError(
+            f"{path}: no readable checkpoint in this directory; --resume takes a run directory or a .pt file"
+        )
     return max(found)[1]
 
 
@@ -365,9 +413,13 @@ def load_to_resume(args: Any, last_step: int) -> dict:
     for name in changed(args, before):
         if name not in CONTINUING:
             flag, old = f"--{name.replace('_', '-')}", getattr(before, name)
-            raise UserError(f"{flag} was {old!r} in {args.resume} and cannot change; --pretrained starts a new run from a policy")
+            raise UserError(
+                f"{flag} was {old!r} in {args.resume} and cannot change; --pretrained starts a new run from a policy"
+            )
     if checkpoint["step"] >= last_step:
-        raise UserError(f"{args.resume} is complete at {checkpoint['step']} steps; give a larger --total-timesteps to go on")
+        raise UserError(
+            f"{args.resume} is complete at {checkpoint['step']} steps; give a larger --total-timesteps to go on"
+        )
     return checkpoint
 
 
@@ -383,7 +435,9 @@ def load_agent(agent: nn.Module, policy: dict, args: Any, source: str) -> None:
     for name in {**own, **theirs}:
         here, there = (tuple(state[name].shape) if name in state else "absent" for state in (own, theirs))
         if here != there:
-            raise UserError(f"{source}: {name} is {there} there and {here} here; use the --hidden-sizes it was trained with")
+            raise UserError(
+                f"{source}: {name} is {there} there and {here} here; use the --hidden-sizes it was trained with"
+            )
     agent.load_state_dict(theirs)
 
 
@@ -418,10 +472,10 @@ class Run:
         script: name of the training script.
         args: its Args.
         resumed: the checkpoint it continues from, if any: logs are cut after its step.
-        parents: files the run depends on, with their role: {"pretrained": path}.
+        parents: what the run starts from, {role: path}; names that are no file or run are left out.
     """
 
-    def __init__(self, script: str, args: Any, resumed: dict | None = None, parents: dict[str, str] | None = None):
+    def __init__(self, script: str, args: Any, resumed: dict | None, parents: dict[str, str | None]):
         self.args, self.start_time, self.start_step = args, time.time(), resumed["step"] if resumed else 0
         self.snapshot: dict | None = None
         self.finished = False
@@ -443,7 +497,7 @@ class Run:
             "packages": {name: version(name) for name in PACKAGES},
             "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
             "start_time": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "parents": {role: {"path": path, "sha256": sha256(path)} for role, path in (parents or {}).items()},
+            "parents": {role: describe_parent(path) for role, path in parents.items() if path and Path(path).exists()},
         }
         write_json(self.folder / "config.json", self.config)
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and evaluation does without
@@ -471,10 +525,10 @@ class Run:
     def _cut_logs(self, source: Path) -> None:
         """Keep of the logs in `source` what the resumed checkpoint had seen; a torn last line goes too."""
         for name in ("evaluations.jsonl", "episodes.jsonl"):
-            write_whole(self.folder / name, "".join(
-                json.dumps(row) + "\n" for row in read_jsonl(source / name) if row["step"] <= self.start_step
-            ).encode())
-        self._write_progress([row for row in read_progress(source / "progress.csv") if int(row["step"]) <= self.start_step])
+            rows = [row for row in read_jsonl(source / name) if row["step"] <= self.start_step]
+            write_whole(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        rows = [row for row in read_progress(source / "progress.csv") if int(row["step"]) <= self.start_step]
+        self._write_progress(rows)
 
     def __enter__(self) -> "Run":
         return self
@@ -557,10 +611,28 @@ class Run:
             writer.writerows(rows)
         write_whole(self.folder / "progress.csv", buffer.getvalue().encode())
 
-    def append(self, name: str, rows: list[dict]) -> None:
-        """Add lines to a .jsonl log."""
-        with open(self.folder / name, "a") as file:
-            file.writelines(json.dumps(plain(row)) + "\n" for row in rows)
+    def append_logs(self, step: int, episodes: list[dict], evaluation: dict | None) -> None:
+        """Lines for the training episodes that finished, and for an evaluation."""
+        with open(self.folder / "episodes.jsonl", "a") as file:
+            file.writelines(json.dumps(episode) + "\n" for episode in episodes)
+        if evaluation is not None:
+            with open(self.folder / "evaluations.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **evaluation, "per_episode": None}) + "\n")
+
+    def video(self, step: int) -> Path | None:
+        """Where --capture-video records an evaluation."""
+        return self.folder / "videos" / f"step_{step:09d}.mp4" if self.args.capture_video else None
+
+
+def describe_parent(path: str) -> dict:
+    """Which file it was, and what its own run said of itself."""
+    file = policy_file(path)
+    config = file.parent / "config.json"
+    return {
+        "path": str(file),
+        "sha256": sha256(file),
+        "config": json.loads(config.read_text()) if config.exists() else None,
+    }
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -595,7 +667,9 @@ def git_commit() -> str | None:
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+" if changes else "")
