@@ -1,7 +1,7 @@
 """PPO that corrects a frozen base policy (residual reinforcement learning), in one file: PyTorch + Gymnasium.
 
-A base policy does most of a task: inverse kinematics, a controller, a cloned network. It stays as it is; a small network
-learns what to add to it, so learning starts from the base's behaviour instead of from nothing:
+A base policy does most of a task: inverse kinematics, a controller, a cloned network. It stays as it is; a small
+network learns what to add to it, so learning starts from the base's behaviour instead of from nothing:
 
     action = clip(base(obs) + alpha * act_scale * residual(obs)),    residual(obs) in [-1, 1]
     reward = task reward - residual_penalty * |residual|^2           while training
@@ -21,7 +21,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from math import log, pi, sqrt
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -133,7 +132,7 @@ class Args:
     """one rollout, one update, one evaluation of two episodes, all files"""
 
     evaluate: str | None = None
-    """no training: measure a policy file, a run (its best.pt) or a scripted controller (zero, ik, ...) on the test split"""
+    """no training: measure a policy file, a run (its best.pt) or a scripted controller (zero, ik) on the test split"""
     compare_base: bool = False
     """with --evaluate: also play the same episodes with the base policy alone"""
     json: str | None = None
@@ -141,8 +140,13 @@ class Args:
     render: Literal["human"] | None = None
     """with --evaluate: watch it in a window"""
 
+    @classmethod
+    def tuned(cls, base_policy: str = "ik", **overrides) -> "Args":
+        """The settings tuned for a base policy, as the command line takes them; overrides win."""
+        return cls(**{"base_policy": base_policy, **TUNED.get(base_policy, {}), **overrides})
 
-# What differs from Args for a base policy; python ppo_residual.py --base-policy X --help shows the values in force.
+
+# Settings that differ from the defaults above, per base policy; --base-policy X --help shows the values in force.
 TUNED: dict[str, dict] = {"ik": {}}
 
 
@@ -245,12 +249,8 @@ class Corrected:
     how many observations share its batch."""
 
     def __init__(self, agent: Agent, base_policy: rollout.Policy, args: Args, space):
-        self.agent, self.base_policy, self.args, self.space = (
-            deepcopy(agent).cpu().double(),
-            base_policy,
-            args,
-            space,
-        )
+        self.agent = deepcopy(agent).cpu().double()
+        self.base_policy, self.args, self.space = base_policy, args, space
 
     @torch.no_grad()
     def __call__(self, obs: np.ndarray) -> np.ndarray:
@@ -262,9 +262,7 @@ class Batch(NamedTuple):
     """The transitions of one rollout, each field (T, N, ...); index t holds transition t only."""
 
     obs: torch.Tensor
-    action: (
-        torch.Tensor
-    )  # the residual as it was drawn, before clipping: its log-probability is that of the unclipped one
+    action: torch.Tensor  # the residual as it was drawn, unclipped: that is what its log-probability belongs to
     next_obs: torch.Tensor  # where the action led, never the first observation of the next episode
     reward: torch.Tensor
     terminated: torch.Tensor
@@ -273,7 +271,7 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def collect(agent, vec, base_policy, args, obs, step, device) -> tuple[Batch, np.ndarray, list[dict]]:
-    """Play num_steps steps in each environment from `obs` on. Returns the batch, the next obs, the episodes finished."""
+    """Play num_steps steps in every environment from obs on. Returns the batch, the next obs, finished episodes."""
     transitions, episodes, space = [], [], vec.single_action_space
     for _ in range(args.num_steps):
         require_finite("observation", obs, step)
@@ -297,8 +295,8 @@ def collect(agent, vec, base_policy, args, obs, step, device) -> tuple[Batch, np
 def gae(reward, value, next_value, terminated, done, gamma: float, gae_lambda: float) -> torch.Tensor:
     """Generalised advantage estimation (Schulman et al. 2016); everything is (T, N).
 
-    next_value[t] is V of the state that action t led to, also at the end of an episode: a time limit bootstraps like any
-    other step, and only a terminal state is worth zero."""
+    next_value[t] is V of the state that action t led to, also at the end of an episode: a time limit bootstraps like
+    any other step, and only a terminal state is worth zero."""
     # delta_t = r_t + gamma V(s_t+1) - V(s_t)
     delta = reward + gamma * next_value * ~terminated - value
     # A_t = delta_t + gamma lambda A_t+1, cut where the episode ended
@@ -408,9 +406,8 @@ def train(args: Args) -> dict:
     envs.require_flat_box(vec)
     base_policy = rollout.scripted(args.base_policy, vec)
     agent = make_agent(vec, args).to(device)
-    optimizer = torch.optim.AdamW(
-        agent.parameters(), args.learning_rate, eps=1e-5, weight_decay=args.weight_decay, fused=True
-    )
+    adam = {"lr": args.learning_rate, "eps": 1e-5, "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(agent.parameters(), **adam)
     scaler = RewardScaler(args.num_envs, args.gamma).to(device)
     gradient = run.compiled(compute_gradient) if args.compile else compute_gradient
     obs, _ = vec.reset(seed=args.seed)
@@ -441,21 +438,18 @@ def train(args: Args) -> dict:
             "recent": list(recent), "best": best, "rng": run.rng_state(),
         }  # fmt: skip
 
-    with run.Run(
-        "ppo_residual",
-        args,
-        resumed,
-        parents={"base_policy": args.base_policy, "pretrained": args.pretrained},
-    ) as this:
+    parents = {"base_policy": args.base_policy, "pretrained": args.pretrained}
+    with run.Run("ppo_residual", args, resumed, parents) as this:
+        if best is not None:  # the directory may hold none, or one from beyond the checkpoint resumed
+            this.save_policy("best.pt", {**checkpoint(), **best})
         for iteration in range(step // batch_size + 1, iterations + 1):
             this.snapshot = deepcopy(checkpoint())
             batch, obs, episodes = collect(agent, vec, base_policy, args, obs, step, device)
             recent.extend(episodes)
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / iterations)
-            scalars = learn(
-                agent, optimizer, scaler, gradient, args, batch, critic_only=iteration <= args.critic_warmup
-            )
+            warming = iteration <= args.critic_warmup
+            scalars = learn(agent, optimizer, scaler, gradient, args, batch, critic_only=warming)
             step += batch_size
             run.require_finite_update(agent, scalars, step)
 
@@ -463,9 +457,8 @@ def train(args: Args) -> dict:
             if iteration == iterations or run.due(args.eval_every, step, batch_size):
                 policy = Corrected(agent, base_policy, args, vec.single_action_space)
                 evaluation = rollout.evaluate(policy, args, "validation", this.video(step))
-                score = [evaluation["success_rate"] or 0.0, evaluation["mean_return"]]
-                if best is None or score > best["score"]:
-                    best = {"score": score, "step": step, "agent": deepcopy(agent.state_dict())}
+                if best is None or rollout.score(evaluation) > rollout.score(best["evaluation"]):
+                    best = {"step": step, "agent": deepcopy(agent.state_dict()), "evaluation": evaluation}
                     this.save_policy("best.pt", checkpoint())
             this.log(step, {**rollout.episode_scalars(recent), **scalars, **rollout.evaluation_scalars(evaluation)})
             this.append_logs(step, episodes, evaluation)
@@ -475,10 +468,7 @@ def train(args: Args) -> dict:
         this.save("final.pt", checkpoint())
         agent.load_state_dict(best["agent"])
         run.export_onnx(agent, obs.shape[1], this.folder / "policy.onnx", kind="residual")
-        return this.finish(
-            step,
-            best={"step": best["step"], "success_rate": best["score"][0], "mean_return": best["score"][1]},
-        )
+        return this.finish(step, best)
 
 
 def evaluate(args: Args) -> dict:
@@ -495,29 +485,17 @@ def evaluate(args: Args) -> dict:
         policy = rollout.scripted(args.evaluate, vec)
     if args.compare_base and not learned:
         raise UserError(f"--compare-base needs a policy file or a run, and {args.evaluate} has no base; leave it out")
-    video = Path(args.run_root) / "videos" / f"{Path(args.evaluate).stem}.mp4" if args.capture_video else None
-    result = {"policy": args.evaluate, **rollout.evaluate(policy, args, "test", video)}
-    print(rollout.describe(result))
+    result = {"policy": args.evaluate, **rollout.evaluate(policy, args, "test", run.video_path(args))}
     if args.compare_base:
-        base = rollout.evaluate(base_policy, args)
-        gain = rollout.paired_gain(result, base)
-        print(f"base alone: {rollout.describe(base)}")
-        print(
-            f"paired gain in {gain['of']}: {gain['gain']:+.3f}, 95 % interval {gain['low']:+.3f} to {gain['high']:+.3f}"
-        )
-        result |= {"base": base, "gain": gain}
-    if args.json is not None:
-        run.write_json(Path(args.json), result)
+        result["base"] = rollout.evaluate(base_policy, args, "test")
+        result["gain"] = rollout.paired_gain(result, result["base"])
+    rollout.report(result, args.json)
     return result
 
 
 def main() -> None:
     with run.command_line():
-        args = run.parse(
-            Args,
-            lambda args: TUNED.get(args.base_policy, {}),
-            with_policy=("base_policy", "alpha", "act_scale"),
-        )
+        args = run.parse(Args, Args.tuned, with_policy=("base_policy", "alpha", "act_scale"))
         evaluate(args) if args.evaluate is not None else train(args)
 
 

@@ -1,4 +1,4 @@
-"""The environments, registered with Gymnasium: gym.make("envs:SO101Paper-v0"), gym.make_vec(...), envs.make_vec(...)."""
+"""The environments, registered with Gymnasium: gym.make("envs:SO101Paper-v0"), envs.make_vec("SO101Paper-v0", 8)."""
 
 import inspect
 from typing import Any

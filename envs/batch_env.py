@@ -1,4 +1,4 @@
-"""The base of our vector environments, one of them seen as a single environment, and Gymnasium's own in the same shape."""
+"""The base of our vector environments, its view as a single environment, and Gymnasium's own in the same shape."""
 
 from copy import deepcopy
 from typing import Any, ClassVar

@@ -1,4 +1,4 @@
-"""Play a policy and measure it: evaluation, comparison, video. And the policies that are played: scripted, ONNX, blends."""
+"""Play a policy and measure it: evaluation, comparison, video. And policies to play: scripted, ONNX, blends."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import envs
-from envs.run import UserError
+from envs.run import UserError, write_json
 
 # Batched observations (N, ...) -> actions (N, A). A policy with state also has reset(rows), called as episodes begin.
 Policy = Callable[[Any], np.ndarray]
@@ -165,7 +165,7 @@ def describe(result: dict) -> str:
 
 
 def paired_gain(result: dict, base: dict) -> dict:
-    """How much better one policy is than another on the same episodes: in success where the task has it, else in return.
+    """How much better one policy is than another on the same episodes, in success or, without it, in return.
 
     Returns:
         of, gain and its 95 % interval (low, high) from the paired differences.
@@ -176,6 +176,23 @@ def paired_gain(result: dict, base: dict) -> dict:
     half = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.inf
     gain = difference.mean()
     return {"of": of, "gain": float(gain), "low": float(gain - half), "high": float(gain + half)}
+
+
+def score(result: dict) -> tuple[float, float]:
+    """What best.pt is chosen by: success where the task has it, then return."""
+    return result["success_rate"] or 0.0, result["mean_return"]
+
+
+def report(result: dict, path: str | None = None) -> None:
+    """Print an evaluation, and the comparison in it if there is one; write both as JSON to `path` if given."""
+    print(f"{result['policy']}: {describe(result)}")
+    if "base" in result:
+        gain = result["gain"]
+        print(f"base alone: {describe(result['base'])}")
+        interval = f"95 % interval {gain['low']:+.3f} to {gain['high']:+.3f}"
+        print(f"paired gain in {gain['of']}: {gain['gain']:+.3f}, {interval}")
+    if path is not None:
+        write_json(Path(path), result)
 
 
 def episode_scalars(recent: Any) -> dict[str, float | None]:

@@ -1,8 +1,9 @@
-"""What a training run writes and how it is read back; and the manners of a command line: flags, signals, one-line errors."""
+"""What a training run writes and how it is read back; and command-line manners: flags, signals, one-line errors."""
 
 import contextlib
 import csv
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -90,13 +91,14 @@ def command_line() -> Iterator[None]:
 
 def parse(
     args_class: type,
-    tuned: Callable[[Any], dict],
+    tuned: Callable[..., Any],
     with_policy: tuple[str, ...] = (),
     argv: list[str] | None = None,
 ):
     """The command line as an Args. What it leaves out comes from the run to resume, the policy to evaluate or the
-    --config file, or else from tuned(args), the settings of the chosen task; --help shows the values in force.
+    --config file, or else from the settings tuned for the chosen task; --help shows the values in force.
 
+    tuned: Args.tuned; its parameters are the settings that choose the row.
     with_policy: settings of this script that also matter when a policy file is evaluated.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -109,7 +111,8 @@ def parse(
     elif chosen.config is not None:
         source, values = chosen.config, load_config(chosen.config)
     else:
-        source, values = "tuned settings", tuned(chosen)
+        choice = [name for name, p in inspect.signature(tuned).parameters.items() if p.kind != p.VAR_KEYWORD]
+        source, values = "tuned settings", asdict(tuned(**{name: getattr(chosen, name) for name in choice}))
     defaults = args_from(args_class, values, source)
     if chosen.resume is None:  # where a run came from and where it lies is no setting of the next one
         defaults = replace(defaults, **{name: getattr(args_class(), name) for name in PLACE})
@@ -168,6 +171,9 @@ def check(args: Any) -> None:
         raise UserError(
             f"--total-timesteps {args.total_timesteps} is less than one rollout, num_envs * num_steps = {batch}"
         )
+    if args.total_timesteps % batch and args.evaluate is None:
+        whole = args.total_timesteps // batch * batch
+        print(f"{whole:,} of {args.total_timesteps:,} steps: whole rollouts of {batch:,} only", file=sys.stderr)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu, or install PyTorch with CUDA")
     for name in ("training", "split", "threads", "render_mode"):
@@ -237,7 +243,7 @@ def require_finite_update(agent: nn.Module, scalars: dict[str, float], step: int
     wrong += [name for name, parameter in agent.named_parameters() if not torch.isfinite(parameter).all()]
     if wrong:
         raise FloatingPointError(
-            f"{wrong[0]} not finite after the update at step {step}; the last checkpoint is good; try a lower --learning-rate"
+            f"{wrong[0]} not finite after step {step}; the last checkpoint is good; try a lower --learning-rate"
         )
 
 
@@ -369,6 +375,15 @@ def is_policy_path(name: str) -> bool:
 def policy_file(path: str) -> Path:
     """best.pt of a run directory, or the file itself."""
     return Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+
+
+def video_path(args: Any) -> Path | None:
+    """Where --capture-video records the evaluation of args.evaluate: beside the policy, or among the runs."""
+    if not args.capture_video:
+        return None
+    if is_policy_path(args.evaluate):
+        return policy_file(args.evaluate).parent / "videos" / "evaluation.mp4"
+    return Path(args.run_root) / "videos" / f"{args.env_id}__{Path(args.evaluate).stem}.mp4"
 
 
 def load_policy(path: str, kind: str | None = None) -> dict:
@@ -534,7 +549,6 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        print(file=sys.stderr, end="\n" if sys.stderr.isatty() else "")
         if not self.finished and isinstance(error, Interrupted | KeyboardInterrupt):
             if self.snapshot is not None:
                 save(self.folder / "interrupted.pt", self.snapshot)
@@ -546,10 +560,16 @@ class Run:
         if self.wandb is not None:
             self.wandb.finish()
 
-    def finish(self, step: int, **figures: Any) -> dict:
+    def finish(self, step: int, best: dict) -> dict:
         """The run is complete."""
+        best = {"step": best["step"], **{k: v for k, v in best["evaluation"].items() if k != "per_episode"}}
+        summary = self.summarize("completed", step, best=best)
         self.finished = True
-        return self.summarize("completed", step, **figures)
+        success = "" if best["success_rate"] is None else f", success {best['success_rate']:.2f}"
+        print(
+            f"\nbest policy at step {best['step']:,}: return {best['mean_return']:.2f}{success} (validation)\n{self.folder}"
+        )
+        return summary
 
     def summarize(self, status: str, step: int, **figures: Any) -> dict:
         """Write and return summary.json."""
@@ -579,7 +599,7 @@ class Run:
         self.save(name, {key: checkpoint[key] for key in POLICY_KEYS})
 
     def log(self, step: int, scalars: dict[str, float | None]) -> None:
-        """To TensorBoard, progress.csv, Weights & Biases and the status line; None where a figure does not exist yet."""
+        """To TensorBoard, progress.csv, Weights & Biases and the status line; None where there is no figure yet."""
         sps = (step - self.start_step) / (time.time() - self.start_time)
         scalars = {**scalars, "time/sps": sps}
         known = {name: value for name, value in scalars.items() if value is not None}

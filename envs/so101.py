@@ -237,10 +237,11 @@ class IK:
         obs = obs.astype(np.float64)
         joints, sheet, goal, tip = obs[:, 0:6], obs[:, 12:14], obs[:, 19:21], obs[:, 22:25]
 
-        pressing = tip[:, 2] < self.CONTACT
+        low = tip[:, 2] < self.CONTACT
         distance = np.hypot(*(sheet - tip[:, :2]).T)
-        over = distance < np.where(pressing, self.NEAR_PRESSING, self.NEAR_ABOVE)
-        xy = np.where((over & pressing)[:, None], tip[:, :2] + goal, sheet)  # drag, or come over the sheet
+        over = distance < np.where(low, self.NEAR_PRESSING, self.NEAR_ABOVE)
+        xy = np.where((over & low)[:, None], tip[:, :2] + goal, sheet)  # drag the sheet home, or come over it ...
+        xy = np.where((~over & low)[:, None], tip[:, :2], xy)  # ... but first rise, or the sheet would be pushed along
         target = np.column_stack([xy, np.where(over, self.PRESS, self.HOVER)])
 
         step = self.GAIN * (target - tip)
@@ -254,10 +255,11 @@ class IK:
         jacobian[:, 3] = self.PITCH_WEIGHT * np.array([0, 1, 1, 1])
         transpose = jacobian.transpose(0, 2, 1)
         damped = jacobian @ transpose + self.DAMPING**2 * np.eye(4)
-        dq = transpose @ np.linalg.solve(damped, velocity[:, :, None])
+        dq = (transpose @ np.linalg.solve(damped, velocity[:, :, None]))[:, :, 0]
+        dq *= np.minimum(1, MAX_DELTA / np.abs(dq).max(1, keepdims=True).clip(1e-9))  # slower, but straight on
 
         action = np.zeros((len(obs), 6), np.float32)
-        action[:, :4] = dq[:, :, 0].clip(-MAX_DELTA, MAX_DELTA)
+        action[:, :4] = dq
         action[:, 4] = action[:, 0]  # the wrist undoes the pan's turn, so that dragging does not turn the sheet
         return action
 

@@ -1,0 +1,278 @@
+"""The settings: every one explained and used, the order in which they are overridden, and the house rules of the code."""
+
+import ast
+import dataclasses
+import json
+import re
+import typing
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+import ppo_residual as ppo
+from envs import run
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(ROOT.glob("*.py"))
+PACKAGE = sorted((ROOT / "envs").rglob("*.py"))
+FIELDS = [field.name for field in dataclasses.fields(ppo.Args)]
+MAY_DIFFER = ("Args", "TUNED", "collect", "train", "main")
+COMMON = """seed total_timesteps num_envs num_steps minibatch_size update_epochs learning_rate anneal_lr gamma gae_lambda
+    clip_coef clip_value ent_coef vf_coef max_grad_norm target_kl norm_obs norm_reward norm_adv init_log_std hidden_sizes
+    weight_decay critic_warmup device threads compile deterministic eval_every eval_episodes eval_seed checkpoint_every
+    run_root run_name config resume pretrained evaluate json capture_video render env_kwargs eval_env_kwargs track
+    dry_run""".split()
+
+
+def tree(path):
+    return ast.parse(path.read_text(), str(path))
+
+
+def functions(path):
+    return [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def args_class():
+    return next(
+        node for node in tree(ROOT / "ppo_residual.py").body if isinstance(node, ast.ClassDef) and node.name == "Args"
+    )
+
+
+def test_every_field_has_its_help_text_below_it():
+    body = args_class().body
+    for statement, following in zip(body, [*body[1:], None]):
+        if isinstance(statement, ast.AnnAssign):
+            text = following.value.value if isinstance(following, ast.Expr) else None
+            assert isinstance(text, str), f"{statement.target.id} has no help text"
+            assert len(text) > 10, statement.target.id
+
+
+def names_read(path):
+    """Attributes read from something called args, and strings, through which getattr may read them."""
+    attributes, strings = set(), set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", None)
+            if owner in ("args", "chosen"):
+                attributes.add(node.attr)
+        if isinstance(node, ast.Constant):
+            strings.add(node.value)
+    return attributes, strings
+
+
+def test_every_field_is_read():
+    read = set()
+    for path in [ROOT / "ppo_residual.py", *PACKAGE]:
+        read |= names_read(path)[0]
+    assert set(FIELDS) - read == set()
+
+
+def test_every_name_listed_in_run_is_a_field():
+    for names in (run.CONTINUING, run.PLACE, run.ONLY_PLAY, run.PLAY):
+        assert set(names) <= set(FIELDS)
+
+
+def test_args_have_the_settings_that_all_scripts_share():
+    assert set(COMMON) - set(FIELDS) == set()
+
+
+def test_defaults():
+    args = ppo.Args()
+    assert args.env_id == "SO101Paper-v0"
+    assert args.base_policy == "ik"
+    assert args.run_root == "runs"
+    off = ("run_name", "config", "resume", "pretrained", "evaluate", "json", "render", "target_kl")
+    assert {name: getattr(args, name) for name in off} == dict.fromkeys(off)
+    assert not any((args.track, args.capture_video, args.dry_run, args.compile, args.deterministic))
+    assert typing.get_args(typing.get_type_hints(ppo.Args)["device"]) == ("auto", "cpu", "cuda")
+    run.check(args)
+
+
+def parse(*argv):
+    return run.parse(
+        ppo.Args,
+        lambda args: ppo.TUNED.get(args.base_policy, {}),
+        with_policy=("base_policy", "alpha", "act_scale"),
+        argv=list(argv),
+    )
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    monkeypatch.setitem(ppo.TUNED, "zero", {"learning_rate": 0.0125, "num_envs": 4})
+
+
+def test_nothing_given_is_the_defaults_of_the_tuned_row(monkeypatch):
+    monkeypatch.setattr(ppo, "TUNED", {})
+    assert parse() == ppo.Args()
+
+
+def test_tuned_row_follows_the_base_policy(tuned):
+    args = parse("--base-policy", "zero")
+    assert args == ppo.Args(base_policy="zero", learning_rate=0.0125, num_envs=4)
+
+
+def test_a_flag_wins_over_the_tuned_row(tuned):
+    args = parse("--base-policy", "zero", "--learning-rate", "0.5")
+    assert (args.learning_rate, args.num_envs) == (0.5, 4)
+    args = parse("--learning-rate", "3e-4", "--base-policy", "zero")  # also one that repeats the default
+    assert args.learning_rate == 3e-4
+
+
+def test_a_flag_wins_over_the_config_and_the_config_over_the_defaults(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"learning_rate": 0.25, "gamma": 0.5, "hidden_sizes": [8, 8]}))
+    args = parse("--config", str(file), "--gamma", "0.75")
+    assert (args.learning_rate, args.gamma, args.hidden_sizes) == (0.25, 0.75, (8, 8))
+    assert args.clip_coef == ppo.Args().clip_coef
+
+
+def test_the_config_of_a_run_gives_its_settings_but_not_its_place(tmp_path):
+    file = tmp_path / "config.json"
+    before = ppo.Args(learning_rate=0.25, hidden_sizes=(8,), run_root="elsewhere", run_name="old", resume="x", dry_run=True)
+    file.write_text(json.dumps({"script": "ppo_residual", "args": dataclasses.asdict(before)}))
+    assert parse("--config", str(file)) == ppo.Args(learning_rate=0.25, hidden_sizes=(8,), config=str(file)) or (
+        parse("--config", str(file)) == ppo.Args(learning_rate=0.25, hidden_sizes=(8,))
+    )
+
+
+def test_a_config_with_an_unknown_or_impossible_setting_is_refused(tmp_path):
+    file = tmp_path / "config.json"
+    for content, says in (({"learnin_rate": 1.0}, "unknown"), ({"num_envs": "many"}, "num_envs"), ([1], "object")):
+        file.write_text(json.dumps(content))
+        with pytest.raises(run.UserError, match=says):
+            parse("--config", str(file))
+
+
+def test_all_config_values_survive_json(tmp_path):
+    file = tmp_path / "config.json"
+    args = ppo.Args(env_kwargs={"frame_margin": 0.03, "randomize": False}, target_kl=0.02, hidden_sizes=(1, 2, 3), seed=9)
+    file.write_text(json.dumps({"args": dataclasses.asdict(args)}))
+    parsed = parse("--config", str(file))
+    assert dataclasses.replace(parsed, config=None) == args
+
+
+def help_text(capsys, *argv):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*argv, "--help")
+    assert stopped.value.code == 0
+    return re.sub(r"[│\s]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out))
+
+
+def test_help_shows_the_values_in_force(tuned, capsys, tmp_path):
+    assert "default: 0.0125" not in help_text(capsys)
+    assert "default: 0.0125" in help_text(capsys, "--base-policy", "zero")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"learning_rate": 0.0625}))
+    assert "default: 0.0625" in help_text(capsys, "--config", str(file))
+
+
+def test_help_lists_every_setting(capsys):
+    text = help_text(capsys)
+    for name in FIELDS:
+        assert f"--{name.replace('_', '-')}" in text, name
+
+
+def test_nothing_is_silently_ignored():
+    with pytest.raises(run.UserError, match="--compare-base"):
+        parse("--compare-base")
+    with pytest.raises(run.UserError, match="--learning-rate"):
+        parse("--evaluate", "ik", "--learning-rate", "0.1")
+    assert parse("--evaluate", "ik", "--eval-episodes", "7").eval_episodes == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"num_envs": 0}, "--num-envs"),
+        ({"minibatch_size": 1}, "--minibatch-size"),
+        ({"minibatch_size": 100}, "--minibatch-size"),
+        ({"total_timesteps": 2047}, "--total-timesteps"),
+        ({"gamma": 1.5}, "--gamma"),
+        ({"gae_lambda": float("nan")}, "--gae-lambda"),
+        ({"learning_rate": float("nan")}, "--learning-rate"),
+        ({"learning_rate": float("inf")}, "--learning-rate"),
+        ({"clip_coef": 0.0}, "--clip-coef"),
+        ({"ent_coef": float("nan")}, "--ent-coef"),
+        ({"init_log_std": float("nan")}, "--init-log-std"),
+        ({"target_kl": -0.1}, "--target-kl"),
+        ({"hidden_sizes": (64, 0)}, "--hidden-sizes"),
+        ({"eval_every": -1}, "--eval-every"),
+        ({"env_kwargs": {"split": "test"}}, "--env-kwargs"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_by_name(change, flag):
+    with pytest.raises(run.UserError, match=flag):
+        run.check(ppo.Args(**change))
+
+
+def imported(path):
+    """Top-level names of the modules that a file imports."""
+    names = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *PACKAGE], ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_imports_a_script(path):
+    assert imported(path) & {script.stem for script in SCRIPTS} == set()
+    assert imported(path) & {"tools", "tests"} == set()
+
+
+def definitions(path):
+    """Top-level functions and classes of a file: {name: text}."""
+    source = path.read_text()
+    kinds = ast.FunctionDef | ast.ClassDef
+    return {node.name: text_of(source, node) for node in tree(path).body if isinstance(node, kinds)}
+
+
+def text_of(source, node):
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    return "\n".join(source.splitlines()[first - 1 : node.end_lineno])
+
+
+def different(texts):
+    """Names that several files define, and not alike; texts: {file: {name: text}}."""
+    versions = defaultdict(set)
+    for definitions_of_file in texts.values():
+        for name, text in definitions_of_file.items():
+            versions[name].add(text)
+    return sorted(name for name, found in versions.items() if len(found) > 1 and name not in MAY_DIFFER)
+
+
+def test_same_name_same_text():
+    assert different({path.name: definitions(path) for path in SCRIPTS}) == []
+    first, second = {"gae": "def gae(): 1", "train": "a"}, {"gae": "def gae(): 2", "train": "b"}
+    assert different({"one": first, "two": second}) == ["gae"]
+
+
+def depth(node, inside=0):
+    """How deep blocks lie in one another; elif is no deeper than its if."""
+    blocks = ast.If | ast.For | ast.While | ast.With | ast.Try | ast.Match
+    deepest = inside
+    for name, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST) and not isinstance(child, ast.FunctionDef):
+                is_elif = isinstance(node, ast.If) and name == "orelse" and isinstance(child, ast.If)
+                deeper = isinstance(child, blocks) and not is_elif
+                deepest = max(deepest, depth(child, inside + deeper))
+    return deepest
+
+
+def test_depth_counts_blocks():
+    source = "def f():\n for x in y:\n  if x:\n   pass\n  elif z:\n   while x:\n    pass\n"
+    assert depth(ast.parse(source).body[0]) == 3
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *PACKAGE], ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_are_short_and_flat(path):
+    for function in functions(path):
+        if function.name == "train" and path in SCRIPTS:
+            continue
+        assert function.end_lineno - function.lineno < 60, function.name
+        assert depth(function) <= 4, function.name

@@ -1,0 +1,507 @@
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+
+import envs
+from envs import run
+from envs.rollout import Zero, rollout
+from envs.so101 import ASSET, GOAL, HALF_SHEET, IK, LEASH, MAX_DELTA, READY, SO101Paper, SO101PaperEnv
+
+# Joint angles of the official SO-101 model (new calibration) and what it gives there: position of the fingertip (m),
+# torque that holds the arm (N m), diagonal of the joint-space inertia with armature (kg m^2).
+OFFICIAL = [
+    (
+        [0.910148792, -1.222305554, 1.126989628, 0.298763536, 0.902580304, 0.615651325],
+        [0.170627224, -0.179813588, 0.16228376],
+        [0.0, -0.098921528, -0.44760189, -0.1146897, -0.003384075, 0.00230755],
+        [0.032161609, 0.032725219, 0.036420828, 0.028977838, 0.028053453, 0.028016135],
+    ),
+    (
+        [1.632337902, -0.352038841, -1.513782031, -0.144422557, -0.679631439, 0.607423047],
+        [0.049192702, 0.088125642, 0.506124647],
+        [0.0, 0.220190423, 0.162166386, 0.052727671, -0.001204498, -0.002642939],
+        [0.028914032, 0.051651695, 0.03655212, 0.028982434, 0.028053237, 0.028016135],
+    ),
+    (
+        [1.70358903, -0.370273093, -1.136335365, -1.445442334, -2.402895543, 0.923242552],
+        [0.062113686, 0.136359396, 0.390776428],
+        [0.0, 0.169265363, 0.103827064, 0.112990633, -0.003408979, 0.001216874],
+        [0.028792507, 0.047549949, 0.033986977, 0.028970834, 0.028061496, 0.028016135],
+    ),
+    (
+        [-1.30178904, 1.490796828, 1.024359159, -1.44635749, 2.488676149, 0.546256979],
+        [0.075821191, 0.114929937, -0.122201042],
+        [0.0, -0.19642247, 0.211358277, -0.05326697, -0.001259869, 0.000325337],
+        [0.031299264, 0.035026902, 0.033984961, 0.028985024, 0.028051642, 0.028016135],
+    ),
+]
+
+
+def noisy_ik(rows, seed=0):
+    """IK with noise of its own in each row, so that rows differ and episodes end in several ways."""
+    ik, rngs = IK(), [np.random.default_rng([seed, i]) for i in range(rows)]
+
+    def policy(obs):
+        noise = np.stack([rng.normal(0, 0.004, 6) for rng in rngs])
+        return np.clip(ik(obs) + noise, -MAX_DELTA, MAX_DELTA).astype(np.float32)
+
+    return policy
+
+
+def play(vec, policy, obs, steps):
+    """What every step returned: (observations, rewards, terminations, truncations)."""
+    history = []
+    for _ in range(steps):
+        obs, reward, terminated, truncated, _ = vec.step(policy(obs))
+        history.append((obs.copy(), reward, terminated, truncated))
+    return [np.stack(column) for column in zip(*history)]
+
+
+def still(rows):
+    return np.zeros((rows, 6), np.float32)
+
+
+def corners(qpos):
+    """The sheet's corners relative to the goal, (N, 4, 2)."""
+    local = HALF_SHEET * np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]])
+    c, s = np.cos(qpos[:, 8]), np.sin(qpos[:, 8])
+    rotation = np.stack([np.stack([c, -s], 1), np.stack([s, c], 1)], 1)
+    return np.einsum("nij,cj->nci", rotation, local) + (qpos[:, 6:8] - GOAL)[:, None]
+
+
+def potential(obs, margin=0.02):
+    """Phi of the docstring, computed from an observation."""
+    obs = obs.astype(np.float64)
+    yaw = 2 * np.arctan2(obs[:, 18], obs[:, 15])
+    qpos = np.column_stack([np.zeros((len(obs), 6)), obs[:, 12:14], yaw])
+    beyond = np.abs(corners(qpos)).max(1) - (HALF_SHEET + margin)
+    reach = np.linalg.norm(obs[:, 22:25] - obs[:, 12:15], axis=1)
+    return -5 * reach - 30 * np.maximum(beyond, 0).sum(1) - 3 * np.abs(yaw)
+
+
+# The arm
+
+
+@pytest.mark.parametrize(("joints", "tip", "torque", "inertia"), OFFICIAL)
+def test_the_arm_is_that_of_the_official_model(joints, tip, torque, inertia):
+    model = mujoco.MjModel.from_xml_path(str(ASSET))
+    data = mujoco.MjData(model)
+    data.qpos[:6] = joints
+    mujoco.mj_forward(model, data)
+    mass = np.zeros((model.nv, model.nv))
+    mujoco.mj_fullM(model, data, mass)
+    np.testing.assert_allclose(data.site("end_effector").xpos, tip, atol=1e-4)
+    np.testing.assert_allclose(data.qfrc_bias[:6], torque, rtol=0.01, atol=1e-6)
+    np.testing.assert_allclose(mass.diagonal()[:6], inertia, rtol=0.01)
+
+
+def test_zero_action_holds_the_pose():
+    vec = SO101Paper(2)
+    vec.reset(seed=0)
+    for _ in range(60):
+        vec.step(still(2))
+    assert np.abs(vec.qpos[:, :6] - READY).max() < 1e-4
+
+
+def test_each_joint_goes_where_it_is_told():
+    vec = SO101Paper(6)
+    vec.reset(seed=0)
+    action = np.diag([0.02, -0.02, -0.02, -0.02, 0.02, 0.02]).astype(np.float32)  # away from the table
+    for step in range(30):
+        vec.step(action if step < 10 else still(6))
+    np.testing.assert_allclose(vec.qpos[:, :6] - READY, 10 * action, atol=0.01)
+
+
+def test_the_target_stays_on_its_leash_and_in_the_joint_range():
+    vec, rng = SO101Paper(32), np.random.default_rng(0)
+    vec.reset(seed=0)
+    low, high = vec.model.jnt_range[:6].T
+    ahead = at_limit = 0
+    for step in range(90):
+        if step % 45 == 0:
+            bias = rng.choice([-MAX_DELTA, 0, MAX_DELTA], (32, 6))
+        joints = vec.qpos[:, :6].copy()
+        action = np.clip(bias + rng.normal(0, 0.02, (32, 6)), -MAX_DELTA, MAX_DELTA)
+        *_, terminated, _, _ = vec.step(action.astype(np.float32))
+        target, joints = vec.target[~terminated], joints[~terminated]  # a row that ended is back at its start
+        ahead = max(ahead, np.abs(target - joints).max())
+        at_limit += ((target == low) | (target == high)).sum()
+        assert (target >= low).all()
+        assert (target <= high).all()
+    assert LEASH == 0.06
+    assert ahead == pytest.approx(LEASH, abs=1e-9)  # reached, and never passed
+    assert at_limit > 100
+
+
+def test_a_broken_simulation_shows_as_nan_in_its_own_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its log there
+    vec = SO101Paper(2)
+    vec.reset(seed=0)
+    vec.qvel[0, 0] = np.nan
+    obs, *_ = vec.step(still(2))
+    assert np.isnan(obs[0]).any()
+    assert np.isfinite(obs[1]).all()
+
+
+# The task
+
+
+def test_shaping_telescopes():
+    """Training adds Phi(end) - Phi(start) to the return of the published task, whatever happens in between."""
+    vecs = [SO101Paper(6, training=training, split="train") for training in (True, False)]
+    policy, seeds = noisy_ik(6), [[3, i] for i in range(6)]
+    first, obs = (vec.reset(seed=seeds)[0] for vec in vecs)
+    np.testing.assert_array_equal(first, obs)
+    np.testing.assert_allclose(vecs[0].potential, potential(first), atol=1e-4)
+    added, open_rows = np.zeros(6), np.ones(6, bool)
+    for _ in range(400):
+        action = policy(obs)
+        (shaped_obs, shaped, *_), (obs, reward, terminated, truncated, info) = (vec.step(action) for vec in vecs)
+        np.testing.assert_array_equal(shaped_obs, obs)
+        np.testing.assert_allclose(vecs[0].potential, potential(obs), atol=1e-4)
+        np.testing.assert_allclose(reward, np.where(terminated, 9.99, -0.01))
+        added[open_rows] += (shaped - reward)[open_rows]
+        ended = open_rows & (terminated | truncated)
+        if ended.any():
+            change = potential(info["final_obs"]) - potential(first)
+            np.testing.assert_allclose(added[ended], change[ended], atol=1e-4)
+            open_rows &= ~ended
+    assert not open_rows.any()
+
+
+def test_success_needs_every_corner_inside_for_five_steps():
+    #         inside, too far in x, in y, turned too far, turned, turned and moved, moved as much without turning
+    offset_x = [0.019, 0.021, 0.0, 0.0, 0.0, 0.006, 0.006]
+    offset_y = [-0.019, 0.0, -0.021, 0.0, 0.0, 0.0, 0.0]
+    yaw = [0.0, 0.0, 0.0, 0.3, -0.15, -0.15, 0.0]
+    inside = np.array([True, False, False, False, True, False, True])
+    vec = SO101Paper(7, training=False)
+    vec.reset(seed=0)
+    vec.qpos[:, 6:9] = np.column_stack([GOAL[0] + np.array(offset_x), GOAL[1] + np.array(offset_y), yaw])
+    np.testing.assert_array_equal((np.abs(corners(vec.qpos)).max(1) <= HALF_SHEET + 0.02).all(1), inside)
+    for _ in range(4):
+        _, reward, terminated, truncated, info = vec.step(still(7))
+        assert not terminated.any()
+        assert info == {}
+        np.testing.assert_allclose(reward, -0.01)
+    _, reward, terminated, truncated, info = vec.step(still(7))
+    np.testing.assert_array_equal(terminated, inside)
+    np.testing.assert_array_equal(info["is_success"], inside)
+    np.testing.assert_array_equal(info["_is_success"], inside)
+    np.testing.assert_allclose(info["yaw_error"][inside], np.abs(yaw)[inside], atol=1e-4)
+    np.testing.assert_allclose(info["position_error"][inside], np.hypot(offset_x, offset_y)[inside], atol=1e-4)
+    np.testing.assert_allclose(reward, np.where(inside, 9.99, -0.01))
+    assert not truncated.any()
+    for _ in range(5):
+        _, _, terminated, _, _ = vec.step(still(7))
+        assert not terminated[~inside].any()
+
+
+def test_leaving_the_frame_starts_the_count_anew():
+    vec = SO101Paper(1, training=False)
+    vec.reset(seed=0)
+    ends = []
+    for step in range(12):
+        vec.qpos[0, 6:9] = (*GOAL, 0.3 if step == 4 else 0)
+        ends.append(vec.step(still(1))[2][0])
+        if ends[-1]:
+            break
+    assert ends == [False] * 9 + [True]  # four steps inside, one outside, five inside
+
+
+def test_the_frame_margin_decides():
+    ends = []
+    for margin in (0.01, 0.02):
+        vec = SO101Paper(1, training=False, frame_margin=margin)
+        vec.reset(seed=0)
+        vec.qpos[0, 6:9] = (GOAL[0] + 0.015, GOAL[1], 0)
+        ends.append([vec.step(still(1))[2][0] for _ in range(5)][-1])
+    assert ends == [False, True]
+
+
+def friction_factors(vec):
+    """The factors by which table and fingertip friction differ from 0.6 and 1.3, (N,) each."""
+    models = [vec.batch.get_model(i) for i in range(vec.num_envs)]
+    sheet = np.array([model.dof_frictionloss[6:9] for model in models]) / [0.0147, 0.0147, 0.0010]
+    table = sheet[:, 0]
+    np.testing.assert_allclose(sheet, table[:, None].repeat(3, 1))
+    fixed, moving = (
+        np.array([m.geom(f"{name}_fingertip").friction[0] for m in models]) for name in ("fixed", "moving")
+    )
+    np.testing.assert_array_equal(fixed, moving)
+    return table, (fixed + table * 0.6) / 1.3
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_starts(split):
+    """Uniform over the documented ranges, which 400 draws nearly fill."""
+    vec = SO101Paper(400, split=split)
+    vec.reset(seed=0)
+    x, y, yaw = np.column_stack([vec.qpos[:, 6:8] - GOAL, vec.qpos[:, 8]]).T
+    table, tip = friction_factors(vec)
+    for values, low, high in (
+        (x, -0.07, 0.07),
+        (y, -0.12, 0.12),
+        (yaw, -0.3, 0.3),
+        (table, 0.8, 1.2),
+        (tip, 0.85, 1.15),
+    ):
+        edge = 0.05 * (high - low)
+        assert low <= values.min() < low + edge
+        assert high - edge < values.max() <= high
+    distance = np.hypot(x, y)
+    assert 0.06 <= distance.min() < 0.065
+    assert np.abs(np.corrcoef([x, y, yaw, table, tip]) - np.eye(5)).max() < 0.2
+    np.testing.assert_array_equal(vec.qpos[:, :6], np.tile(READY, (400, 1)))
+    assert not vec.qvel.any()
+
+
+def test_friction_varies_between_episodes_unless_told_not_to():
+    vec = SO101Paper(3, randomize=False)
+    vec.reset(seed=0)
+    np.testing.assert_allclose(friction_factors(vec), 1)
+    published = SO101Paper(3, randomize=False, training=False)
+    published.reset(seed=0)
+    before = friction_factors(published)
+    assert len(np.unique(before)) == 6
+    published.reset()
+    assert not np.isin(friction_factors(published), before).any()
+
+
+def test_layout_of_the_observation():
+    vec = SO101Paper(3)
+    obs, _ = vec.reset(seed=0)
+    policy = noisy_ik(3)
+    for step in range(40):
+        if step % 10 == 0:
+            for i in range(3):
+                data = vec.batch.get_data(i)
+                mujoco.mj_forward(vec.batch.get_model(i), data)
+                x, y, yaw = data.qpos[6:9]
+                quaternion = np.zeros(4)
+                mujoco.mju_axisAngle2Quat(quaternion, [0, 0, 1], yaw)
+                tip = data.site("end_effector").xpos
+                goal = [0.25 - x, -y, 0]
+                expected = np.concatenate([data.qpos[:6], data.qvel[:6], [x, y, 0], quaternion, goal, tip])
+                np.testing.assert_allclose(obs[i], expected, atol=1e-6)
+                np.testing.assert_array_equal(vec.qpos[i], data.qpos)
+            np.testing.assert_allclose(np.linalg.norm(obs[:, 15:19], axis=1), 1, atol=1e-6)
+        obs, *_ = vec.step(policy(obs))
+
+
+def test_observations_stay_in_their_space():
+    vec, rng = SO101Paper(16), np.random.default_rng(0)
+    obs, _ = vec.reset(seed=0)
+    assert vec.observation_space.contains(obs)
+    assert vec.single_observation_space.shape == (25,)
+    for step in range(150):
+        if step % 30 == 0:
+            bias = rng.choice([-MAX_DELTA, 0, MAX_DELTA], (16, 6))
+        action = np.clip(bias + rng.normal(0, 0.02, (16, 6)), -MAX_DELTA, MAX_DELTA).astype(np.float32)
+        obs, *_ = vec.step(action)
+        assert vec.observation_space.contains(obs)
+    vec.qvel[:] = 1e3
+    vec.qpos[:, 6] = 5
+    assert vec.observation_space.contains(vec.observe(np.arange(16)))
+
+
+# Randomness and state
+
+
+def test_a_batch_equals_single_environments_and_any_number_of_threads():
+    steps, rows = 450, 5
+    batch, threaded = SO101Paper(rows), SO101Paper(rows, threads=2)
+    played = play(batch, noisy_ik(rows), batch.reset(seed=7)[0], steps)
+    again = play(threaded, noisy_ik(rows), threaded.reset(seed=7)[0], steps)
+    for one, two in zip(played, again, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert played[2].any()
+    assert played[3].any()
+
+    noise = noisy_ik(rows)  # the actions of the batch once more
+    obs = SO101Paper(rows).reset(seed=7)[0]
+    actions = []
+    for t in range(steps):
+        actions.append(noise(obs))
+        obs = played[0][t]
+    for i in range(rows):
+        single = gym.make("envs:SO101Paper-v0").unwrapped if i == 0 else SO101PaperEnv()
+        single.reset(seed=[7, i])
+        for t in range(steps):
+            obs, reward, terminated, truncated, info = single.step(actions[t][i])
+            assert (reward, terminated, truncated) == tuple(column[t, i] for column in played[1:])
+            if terminated or truncated:
+                assert info["is_success"] == terminated
+                obs, _ = single.reset()
+            np.testing.assert_array_equal(obs, played[0][t, i])
+
+
+def test_seeds_and_splits():
+    def start(seed, split="train"):
+        return SO101Paper(2, split=split).reset(seed=seed)[0]
+
+    np.testing.assert_array_equal(start(1), start(1))
+    np.testing.assert_array_equal(start(1), start([[1, 0], [1, 1]]))
+    starts = [start(1), start(2), start(1, "validation"), start(1, "test")]
+    assert len(np.unique(np.concatenate(starts)[:, 12])) == 8
+
+
+def test_stepping_continues_bit_for_bit_from_a_snapshot(tmp_path):
+    vec, policy = SO101Paper(4), noisy_ik(4)
+    obs, _ = vec.reset(seed=2)
+    obs = play(vec, policy, obs, 150)[0][-1]
+    run.save(tmp_path / "state.pt", vec.state_dict())
+    snapshot = vec.state_dict()
+    expected = play(vec, noisy_ik(4, seed=1), obs, 400)
+    assert (expected[2] | expected[3]).any(0).all()  # every row has drawn a new start since
+    next_start = vec.reset()[0]
+
+    from_file = torch.load(tmp_path / "state.pt", weights_only=True)
+    for other, state in ((vec, snapshot), (SO101Paper(4), from_file)):
+        other.load_state_dict(state)
+        for one, two in zip(expected, play(other, noisy_ik(4, seed=1), obs, 400), strict=True):
+            np.testing.assert_array_equal(one, two)
+        np.testing.assert_array_equal(other.reset()[0], next_start)
+
+
+# The base policy
+
+
+def ik_observations():
+    vec = SO101Paper(8)
+    obs, _ = vec.reset(seed=4)
+    return play(vec, noisy_ik(8), obs, 60)[0][-1]
+
+
+def test_ik_is_a_pure_function_of_each_row():
+    obs, ik = ik_observations(), IK()
+    expected = ik(obs)
+    assert expected.dtype == np.float32
+    assert expected.shape == (8, 6)
+    assert len(np.unique(expected[:, 0])) == 8
+    np.testing.assert_array_equal(ik(obs), expected)
+    for rows in (1, 3, 8):
+        np.testing.assert_array_equal(ik(obs[:rows]), expected[:rows])
+        np.testing.assert_array_equal(IK()(obs[-rows:]), expected[-rows:])
+
+
+def test_ik_knows_the_jacobian_of_the_arm():
+    model = mujoco.MjModel.from_xml_path(str(ASSET))
+    data = mujoco.MjData(model)
+
+    def tip(joints):
+        data.qpos[:6] = joints
+        mujoco.mj_kinematics(model, data)
+        return data.site("end_effector").xpos.copy()
+
+    joints = np.random.default_rng(0).uniform(-1, 1, (5, 6))
+    jacobian = IK()._jacobian(joints, np.array([tip(q) for q in joints]))
+    for q, ours in zip(joints, jacobian, strict=True):
+        for k in range(4):
+            nudge = np.eye(6)[k] * 1e-6
+            np.testing.assert_allclose(ours[:, k], (tip(q + nudge) - tip(q - nudge)) / 2e-6, atol=1e-7)
+
+
+def test_ik_alone_succeeds_about_half_the_time():
+    results = rollout(IK(), SO101Paper(64, training=False, split="test"), 200, seed=1)
+    success = [result["success"] for result in results]
+    assert 0.45 < np.mean(success) < 0.65
+    assert all((result["length"] < 400) or not result["success"] for result in results)
+
+
+def test_doing_nothing_never_succeeds():
+    results = rollout(Zero(6), SO101Paper(20, training=False, split="test"), 20, seed=1)
+    assert [result["success"] for result in results] == [False] * 20
+    assert {result["length"] for result in results} == {400}
+    np.testing.assert_allclose([result["return"] for result in results], -4)
+
+
+# As a Gymnasium environment
+
+
+def test_gymnasium_finds_nothing_to_complain_about():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(gym.make("envs:SO101Paper-v0").unwrapped, skip_render_check=True)  # rendering has its own test
+
+
+def test_gymnasium_makes_both_kinds():
+    single = gym.make("envs:SO101Paper-v0", frame_margin=0.03, training=False)
+    assert isinstance(single.unwrapped, SO101PaperEnv)
+    vec = gym.make_vec("envs:SO101Paper-v0", num_envs=2, threads=2)
+    assert isinstance(vec.unwrapped, SO101Paper)
+    assert isinstance(envs.make_vec("SO101Paper-v0", 2, seed=1), SO101Paper)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_envs": 0}, "num_envs must be at least 1"),
+        ({"split": "tset"}, "split must be one of train, validation, test"),
+        ({"render_mode": "ascii"}, "render_mode must be one of rgb_array, human"),
+        ({"frame_margin": 0.0}, "frame_margin must be above 0"),
+        ({"frame_margin": -0.02}, "frame_margin must be above 0"),
+        ({"frame_margin": 20.0}, "below 1 m"),
+        ({"frame_margin": float("nan")}, "frame_margin must be above 0"),
+        ({"threads": 0}, "threads must be at least 1"),
+    ],
+)
+def test_impossible_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SO101Paper(**arguments)
+
+
+RENDER = """
+import sys
+import mujoco
+try:
+    context = mujoco.GLContext(64, 64)
+    context.make_current()
+    context.free()
+    mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 8, 8).close()
+except Exception as error:
+    sys.exit(f"no OpenGL: {error}")
+import numpy as np
+from envs.so101 import GOAL, SO101PaperEnv
+env = SO101PaperEnv(render_mode="rgb_array")
+env.reset(seed=0)
+first = env.render()
+assert first.shape == (480, 640, 3) and first.dtype == np.uint8 and first.std() > 10
+assert np.array_equal(env.render(), first)
+env.batch.qpos[0, 6:9] = *GOAL, 0.0
+assert (env.render() != first).any(2).mean() > 0.01  # the sheet has moved in the image
+env.close()
+print("drawn")
+"""
+
+
+def test_rgb_array():
+    """In a process of its own, as MuJoCo chooses its OpenGL library (MUJOCO_GL) when it is imported."""
+    failures = []
+    for library in ("egl", "osmesa", ""):
+        variables = {name: value for name, value in os.environ.items() if name != "PYOPENGL_PLATFORM"}
+        variables |= {"MUJOCO_GL": library}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", RENDER],
+            env=variables,
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode == 0:
+            assert "drawn" in done.stdout
+            return
+        assert "AssertionError" not in done.stderr, done.stderr
+        failures.append(f"{library or 'default'}: {done.stderr.strip().splitlines()[-1]}")
+    pytest.skip(
+        "MuJoCo can open no OpenGL context (on Debian: apt install libegl1 libgl1-mesa-dri): " + "; ".join(failures)
+    )
