@@ -74,7 +74,7 @@ class Args:
     """lambda of generalised advantage estimation; 0 is one-step TD, 1 is Monte Carlo"""
     clip_coef: float = 0.2
     """how far the probability ratio may move before its gradient is cut; usually 0.1 to 0.3"""
-    clip_value: bool = True
+    clip_value: bool = False
     """also clip the change of the value estimate"""
     ent_coef: float = 0.005
     """weight of the entropy bonus"""
@@ -86,7 +86,7 @@ class Args:
     """stop an update once the policy has moved further than this; usually 0.01 to 0.05"""
     norm_obs: bool = True
     """normalise observations by their running mean and standard deviation"""
-    norm_reward: bool = True
+    norm_reward: bool = False
     """divide rewards by the running standard deviation of the discounted return"""
     norm_adv: bool = True
     """normalise advantages within each minibatch"""
@@ -413,8 +413,6 @@ def train(args: Args) -> dict:
     obs, _ = vec.reset(seed=args.seed)
     step, best, recent, resumed = 0, None, deque(maxlen=100), None
 
-    if args.pretrained is not None:
-        run.load_agent(agent, run.load_policy(args.pretrained, kind="residual"), args, args.pretrained)
     if args.resume is not None:
         resumed = run.load_to_resume(args, iterations * batch_size)
         agent.load_state_dict(resumed["agent"])
@@ -426,6 +424,8 @@ def train(args: Args) -> dict:
             vec.load_state_dict(resumed["envs"])
             obs = resumed["obs"].numpy()
         run.set_rng_state(resumed["rng"])
+    elif args.pretrained is not None:
+        run.load_agent(agent, run.load_policy(args.pretrained, kind="residual"), args, args.pretrained)
 
     def checkpoint() -> dict:
         return {

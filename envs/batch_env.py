@@ -47,6 +47,7 @@ class BatchEnv(gym.vector.VectorEnv):
     """
 
     metadata: ClassVar = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": ["rgb_array", "human"]}
+    controllers: ClassVar[dict] = {}  # the task's scripted policies by name, each made without arguments
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import io
 import json
+import logging
 import os
 import pickle
 import platform
@@ -114,8 +115,9 @@ def parse(
         choice = [name for name, p in inspect.signature(tuned).parameters.items() if p.kind != p.VAR_KEYWORD]
         source, values = "tuned settings", asdict(tuned(**{name: getattr(chosen, name) for name in choice}))
     defaults = args_from(args_class, values, source)
-    if chosen.resume is None:  # where a run came from and where it lies is no setting of the next one
-        defaults = replace(defaults, **{name: getattr(args_class(), name) for name in PLACE})
+    # where a run came from and where it lies is no setting of the next one
+    own = ("run_root", "run_name") if chosen.resume is not None else PLACE
+    defaults = replace(defaults, **{name: getattr(args_class(), name) for name in own})
     if playing:  # how a run was evaluated while it trained is no setting of the final evaluation
         defaults = replace(defaults, **{name: getattr(args_class(), name) for name in PLAY})
     args = tyro.cli(args_class, default=defaults, args=argv)
@@ -306,6 +308,25 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def append(path: Path, text: str) -> None:
+    """Add to a log."""
+    try:
+        with open(path, "a", newline="") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror}); what was there before is intact") from error
+
+
+def csv_text(rows: list[dict], header: bool) -> str:
+    """Rows of a CSV file."""
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, list(rows[0]) if rows else [])
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
 def write_json(path: Path, content: dict) -> None:
     write_whole(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
 
@@ -459,7 +480,8 @@ def load_agent(agent: nn.Module, policy: dict, args: Any, source: str) -> None:
 def export_onnx(agent: nn.Module, obs_dim: int, path: Path, kind: str) -> None:
     """The deployed policy, normaliser included: input obs (batch, obs_dim), output action; the kind (policy, residual)
     stands in the file's metadata."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter talks much
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of a missing torchvision, which we do not need
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             deepcopy(agent).cpu().eval(),
@@ -543,7 +565,7 @@ class Run:
             rows = [row for row in read_jsonl(source / name) if row["step"] <= self.start_step]
             write_whole(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
         rows = [row for row in read_progress(source / "progress.csv") if int(row["step"]) <= self.start_step]
-        self._write_progress(rows)
+        write_whole(self.folder / "progress.csv", csv_text(rows, header=bool(rows)).encode())
 
     def __enter__(self) -> "Run":
         return self
@@ -566,9 +588,8 @@ class Run:
         summary = self.summarize("completed", step, best=best)
         self.finished = True
         success = "" if best["success_rate"] is None else f", success {best['success_rate']:.2f}"
-        print(
-            f"\nbest policy at step {best['step']:,}: return {best['mean_return']:.2f}{success} (validation)\n{self.folder}"
-        )
+        text = f"best policy at step {best['step']:,}: return {best['mean_return']:.2f}{success} (validation)"
+        print(f"\n{text}\n{self.folder}")
         return summary
 
     def summarize(self, status: str, step: int, **figures: Any) -> dict:
@@ -607,11 +628,9 @@ class Run:
             self.writer.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(known, step=step)
-        with open(self.folder / "progress.csv", "a", newline="") as file:
-            writer = csv.DictWriter(file, ["step", *scalars])
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow({"step": step, **scalars})
+        row = {"step": step, **scalars}
+        path = self.folder / "progress.csv"
+        append(path, csv_text([row], header=not path.exists() or path.stat().st_size == 0))
 
         parts = [f"{step:>9,}/{self.args.total_timesteps:,} steps", f"{sps:,.0f} steps/s"]
         for label, name in (("return", "rollout/ep_reward"), ("success", "rollout/success_rate_100")):
@@ -623,21 +642,12 @@ class Run:
         elif "eval/mean_reward" in known:  # a log file gets a line at each evaluation
             print(line, file=sys.stderr, flush=True)
 
-    def _write_progress(self, rows: list[dict]) -> None:
-        buffer = io.StringIO(newline="")
-        if rows:
-            writer = csv.DictWriter(buffer, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        write_whole(self.folder / "progress.csv", buffer.getvalue().encode())
-
     def append_logs(self, step: int, episodes: list[dict], evaluation: dict | None) -> None:
         """Lines for the training episodes that finished, and for an evaluation."""
-        with open(self.folder / "episodes.jsonl", "a") as file:
-            file.writelines(json.dumps(episode) + "\n" for episode in episodes)
+        append(self.folder / "episodes.jsonl", "".join(json.dumps(episode) + "\n" for episode in episodes))
         if evaluation is not None:
-            with open(self.folder / "evaluations.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **evaluation, "per_episode": None}) + "\n")
+            line = {"step": step, **evaluation, "per_episode": None}
+            append(self.folder / "evaluations.jsonl", json.dumps(line) + "\n")
 
     def video(self, step: int) -> Path | None:
         """Where --capture-video records an evaluation."""

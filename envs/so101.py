@@ -30,6 +30,70 @@ ARM, SHEET = slice(0, 6), slice(6, 9)  # in qpos: pan, lift, elbow, wrist flex, 
 OBS_HIGH = np.array([3.2] * 6 + [20] * 6 + [1] * 13, np.float32)
 
 
+class IK:
+    """Base policy: differential inverse kinematics that hovers over the sheet, presses on it and drags it to the goal.
+
+    Each step moves the end effector towards a point by damped least squares on the arm's Jacobian J,
+
+        dq = J^T (J J^T + damping^2 I)^-1 v,        v = velocity of the end effector and of the gripper's pitch,
+
+    (Nakamura & Hanafusa 1986). It does not look at the sheet's yaw: turning the sheet is left to the residual.
+
+    A pure function of the observation: (N, 25) -> (N, 6), rad.
+    """
+
+    GAIN = 0.5  # share of the remaining way made in one step ...
+    MAX_STEP = 0.012  # m: ... and its bound
+    HOVER, PRESS = 0.03, -0.003  # m: height aimed at above the sheet, and when pressing on it
+    CONTACT = 0.014  # m: below this the fingertips are taken to press
+    NEAR_ABOVE, NEAR_PRESSING = 0.015, 0.05  # m from the sheet's centre: near enough to go down, to go on pressing
+    PITCH = 1.2  # rad: gripper pointing down, both fingertips at one height
+    PITCH_WEIGHT = 0.1  # m/rad: what an error in pitch counts beside one in position
+    DAMPING = 0.02
+
+    def __init__(self):
+        self.model = mujoco.MjModel.from_xml_path(str(ASSET))
+        self.gripper = self.model.body("gripper").id
+        self.batch = Batch(self.model, 1, 1)
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        obs = obs.astype(np.float64)
+        joints, sheet, goal, tip = obs[:, 0:6], obs[:, 12:14], obs[:, 19:21], obs[:, 22:25]
+
+        low = tip[:, 2] < self.CONTACT
+        distance = np.hypot(*(sheet - tip[:, :2]).T)
+        over = distance < np.where(low, self.NEAR_PRESSING, self.NEAR_ABOVE)
+        xy = np.where((over & low)[:, None], tip[:, :2] + goal, sheet)  # drag the sheet home, or come over it ...
+        xy = np.where((~over & low)[:, None], tip[:, :2], xy)  # ... but first rise, or the sheet would be pushed along
+        target = np.column_stack([xy, np.where(over, self.PRESS, self.HOVER)])
+
+        step = self.GAIN * (target - tip)
+        length = np.sqrt(np.square(step).sum(1, keepdims=True))
+        step *= np.minimum(1, self.MAX_STEP / np.maximum(length, 1e-9))
+        turn = np.clip(self.GAIN * (self.PITCH - joints[:, 1:4].sum(1)), -0.05, 0.05)
+        velocity = np.column_stack([step, self.PITCH_WEIGHT * turn])
+
+        jacobian = np.empty((len(obs), 4, 4))  # (N, x y z pitch, pan lift elbow wrist)
+        jacobian[:, :3] = self._jacobian(joints, tip)
+        jacobian[:, 3] = self.PITCH_WEIGHT * np.array([0, 1, 1, 1])
+        transpose = jacobian.transpose(0, 2, 1)
+        damped = jacobian @ transpose + self.DAMPING**2 * np.eye(4)
+        dq = (transpose @ np.linalg.solve(damped, velocity[:, :, None]))[:, :, 0]
+        dq *= np.minimum(1, MAX_DELTA / np.abs(dq).max(1, keepdims=True).clip(1e-9))  # slower, but straight on
+
+        action = np.zeros((len(obs), 6), np.float32)
+        action[:, :4] = dq
+        action[:, 4] = action[:, 0]  # the wrist undoes the pan's turn, so that dragging does not turn the sheet
+        return action
+
+    def _jacobian(self, joints: np.ndarray, tip: np.ndarray) -> np.ndarray:
+        """d tip / d (pan, lift, elbow, wrist), (N, 3, 4), from the arm's own model."""
+        if self.batch.nsim != len(joints):
+            self.batch = Batch(self.model, len(joints), 1)
+        self.batch.qpos[:, ARM] = joints
+        return self.batch.jac(self.gripper, tip)[0][:, :, :4]
+
+
 class SO101Paper(BatchEnv):
     """An SO-101 arm drags an A5 sheet into a taped frame and must turn it until every corner lies inside.
 
@@ -61,6 +125,7 @@ class SO101Paper(BatchEnv):
     """
 
     metadata: ClassVar = {**BatchEnv.metadata, "render_fps": 30}
+    controllers: ClassVar = {"ik": IK}
 
     def __init__(
         self,
@@ -207,74 +272,7 @@ class SO101Paper(BatchEnv):
         self.renderer = self.viewer = None
 
 
-class IK:
-    """Base policy: differential inverse kinematics that hovers over the sheet, presses on it and drags it to the goal.
-
-    Each step moves the end effector towards a point by damped least squares on the arm's Jacobian J,
-
-        dq = J^T (J J^T + damping^2 I)^-1 v,        v = velocity of the end effector and of the gripper's pitch,
-
-    (Nakamura & Hanafusa 1986). It does not look at the sheet's yaw: turning the sheet is left to the residual.
-
-    A pure function of the observation: (N, 25) -> (N, 6), rad.
-    """
-
-    GAIN = 0.5  # share of the remaining way made in one step ...
-    MAX_STEP = 0.012  # m: ... and its bound
-    HOVER, PRESS = 0.03, -0.003  # m: height aimed at above the sheet, and when pressing on it
-    CONTACT = 0.014  # m: below this the fingertips are taken to press
-    NEAR_ABOVE, NEAR_PRESSING = 0.015, 0.05  # m from the sheet's centre: near enough to go down, to go on pressing
-    PITCH = 1.2  # rad: gripper pointing down, both fingertips at one height
-    PITCH_WEIGHT = 0.1  # m/rad: what an error in pitch counts beside one in position
-    DAMPING = 0.02
-
-    def __init__(self):
-        self.model = mujoco.MjModel.from_xml_path(str(ASSET))
-        self.gripper = self.model.body("gripper").id
-        self.batch = Batch(self.model, 1, 1)
-
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
-        obs = obs.astype(np.float64)
-        joints, sheet, goal, tip = obs[:, 0:6], obs[:, 12:14], obs[:, 19:21], obs[:, 22:25]
-
-        low = tip[:, 2] < self.CONTACT
-        distance = np.hypot(*(sheet - tip[:, :2]).T)
-        over = distance < np.where(low, self.NEAR_PRESSING, self.NEAR_ABOVE)
-        xy = np.where((over & low)[:, None], tip[:, :2] + goal, sheet)  # drag the sheet home, or come over it ...
-        xy = np.where((~over & low)[:, None], tip[:, :2], xy)  # ... but first rise, or the sheet would be pushed along
-        target = np.column_stack([xy, np.where(over, self.PRESS, self.HOVER)])
-
-        step = self.GAIN * (target - tip)
-        length = np.sqrt(np.square(step).sum(1, keepdims=True))
-        step *= np.minimum(1, self.MAX_STEP / np.maximum(length, 1e-9))
-        turn = np.clip(self.GAIN * (self.PITCH - joints[:, 1:4].sum(1)), -0.05, 0.05)
-        velocity = np.column_stack([step, self.PITCH_WEIGHT * turn])
-
-        jacobian = np.empty((len(obs), 4, 4))  # (N, x y z pitch, pan lift elbow wrist)
-        jacobian[:, :3] = self._jacobian(joints, tip)
-        jacobian[:, 3] = self.PITCH_WEIGHT * np.array([0, 1, 1, 1])
-        transpose = jacobian.transpose(0, 2, 1)
-        damped = jacobian @ transpose + self.DAMPING**2 * np.eye(4)
-        dq = (transpose @ np.linalg.solve(damped, velocity[:, :, None]))[:, :, 0]
-        dq *= np.minimum(1, MAX_DELTA / np.abs(dq).max(1, keepdims=True).clip(1e-9))  # slower, but straight on
-
-        action = np.zeros((len(obs), 6), np.float32)
-        action[:, :4] = dq
-        action[:, 4] = action[:, 0]  # the wrist undoes the pan's turn, so that dragging does not turn the sheet
-        return action
-
-    def _jacobian(self, joints: np.ndarray, tip: np.ndarray) -> np.ndarray:
-        """d tip / d (pan, lift, elbow, wrist), (N, 3, 4), from the arm's own model."""
-        if self.batch.nsim != len(joints):
-            self.batch = Batch(self.model, len(joints), 1)
-        self.batch.qpos[:, ARM] = joints
-        return self.batch.jac(self.gripper, tip)[0][:, :, :4]
-
-
 class SO101PaperEnv(SingleEnv):
     """One SO101Paper as an ordinary Gymnasium environment."""
 
     batch_env = SO101Paper
-
-
-SO101Paper.controllers = {"ik": IK}

@@ -1,0 +1,123 @@
+"""Show runs side by side: a Markdown table of their figures, and their learning curves as a picture.
+
+    python tools/compare_runs.py runs/<run> runs/<run> ...
+    python tools/compare_runs.py runs/<run> ... --png curves.png          needs pip install -e ".[plots]"
+
+A run's test figures are those of `--evaluate runs/<run> --json runs/<run>/test.json`.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from envs.run import UserError, command_line, read_jsonl, read_progress
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """run directories"""
+    png: str | None = None
+    """where to draw the learning curves: mean over the runs, shaded from the lowest to the highest"""
+
+
+def read_run(path: str) -> dict:
+    """config, summary, test (or None), progress and evaluations of a run."""
+    folder = Path(path)
+    if not (folder / "summary.json").is_file():
+        raise UserError(f"{path}: not a finished run (it has no summary.json)")
+    files = {name: folder / f"{name}.json" for name in ("config", "summary", "test")}
+    run = {name: json.loads(file.read_text()) if file.exists() else None for name, file in files.items()}
+    progress, evaluations = read_progress(folder / "progress.csv"), read_jsonl(folder / "evaluations.jsonl")
+    return {**run, "progress": progress, "evaluations": evaluations}
+
+
+def table(runs: list[dict]) -> str:
+    """One row a run, and one for the mean."""
+    columns = {
+        "seed": lambda run: run["config"]["args"]["seed"],
+        "steps": lambda run: run["summary"]["steps"],
+        "best at": lambda run: run["summary"]["best"]["step"],
+        "test success": lambda run: run["test"]["success_rate"],
+        "base alone": lambda run: run["test"]["base"]["success_rate"],
+        "paired gain": lambda run: run["test"]["gain"]["gain"],
+        "yaw error": lambda run: run["test"]["metrics"]["yaw_error"],
+        "base yaw error": lambda run: run["test"]["base"]["metrics"]["yaw_error"],
+        "wall time (s)": lambda run: run["summary"]["wall_time_s"],
+    }
+    rows = []
+    for run in runs:
+        rows.append([])
+        for value in columns.values():
+            try:
+                rows[-1].append(value(run))
+            except (KeyError, TypeError):  # a figure that this run or task does not have
+                rows[-1].append(None)
+    means = ["mean", *(np.mean(c) if None not in c else None for c in list(zip(*rows))[1:])]
+    lines = [list(columns), ["---"] * len(columns), *([show(x) for x in row] for row in [*rows, means])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def show(x: object) -> str:
+    if x is None:
+        return "-"
+    return f"{x:.3f}" if isinstance(x, float) and abs(x) < 10 else f"{x:,.0f}" if not isinstance(x, str) else x
+
+
+def origin(runs: list[dict]) -> str:
+    """Commit, versions and hardware, from the first run; a warning if another run differs."""
+    first = runs[0]["config"]
+    packages = ", ".join(f"{name} {version}" for name, version in first["packages"].items())
+    text = (
+        f"commit {(first['git_commit'] or 'unknown')[:12]}; {first['hardware']}; Python {first['python']}, {packages}"
+    )
+    differ = [run for run in runs if any(run["config"][k] != first[k] for k in ("git_commit", "hardware", "packages"))]
+    return text + (f" (not the same for {len(differ)} of {len(runs)} runs)" if differ else "")
+
+
+def draw(runs: list[dict], path: str) -> None:
+    """Success, return and episode length over steps."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError('--png needs matplotlib: pip install -e ".[plots]"') from None
+    panels = (
+        ("success", "rollout/success_rate_100", "success_rate"),
+        ("return", "rollout/ep_reward", "mean_return"),
+        ("episode length (steps)", "rollout/ep_length", "mean_length"),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for axis, (title, scalar, name) in zip(axes, panels):
+        training = [{int(row["step"]): float(row[scalar]) for row in run["progress"] if row[scalar]} for run in runs]
+        evaluation = [{row["step"]: row[name] for row in run["evaluations"]} for run in runs]
+        for curves, label, colour in ((training, "training", "tab:grey"), (evaluation, "evaluation", "tab:blue")):
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            values = np.array([[curve[step] for step in steps] for curve in curves])
+            axis.plot(steps, values.mean(0), color=colour, label=label, marker="o" if label == "evaluation" else None)
+            axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+        axis.set(title=title, xlabel="environment steps")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(0, 1)
+    axes[0].legend()
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    with command_line():
+        args = tyro.cli(Args, description=__doc__)
+        if not args.runs:
+            raise UserError("name at least one run directory")
+        runs = [read_run(path) for path in args.runs]
+        print(f"{table(runs)}\n\n{origin(runs)}")
+        if args.png is not None:
+            draw(runs, args.png)
+
+
+if __name__ == "__main__":
+    main()
