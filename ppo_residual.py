@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 import envs
-from envs import rollout, run
+from envs import command, rollout, run
 from envs.run import UserError, require_finite
 
 
@@ -274,22 +274,24 @@ def collect(agent, vec, base_policy, args, obs, step, device) -> tuple[Batch, np
     """Play num_steps steps in every environment from obs on. Returns the batch, the next obs, finished episodes."""
     transitions, episodes, space = [], [], vec.single_action_space
     for _ in range(args.num_steps):
-        require_finite("observation", obs, step)
         base = base_policy(obs)
         require_finite("base action", base, step)
         residual = agent.sample(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
         new_obs, reward, terminated, truncated, info = vec.step(correct(base, residual, args, space))
         step += vec.num_envs
+        require_finite("observation", new_obs, step)
         require_finite("reward", reward, step)
         reward = reward - args.residual_penalty * np.square(np.clip(residual, -1, 1)).sum(1)
 
         done, next_obs = terminated | truncated, new_obs
         if done.any():
             next_obs = np.where(done[:, None], info["final_obs"], new_obs)
+            require_finite("final observation", next_obs, step)
             episodes += [{"step": step, **rollout.episode_result(info, i)} for i in np.flatnonzero(done)]
-        transitions.append((obs, residual, next_obs, reward.astype(np.float32), terminated, done))
+        transitions.append((obs, residual, next_obs, reward, terminated, done))
         obs = new_obs
-    return Batch(*(torch.as_tensor(np.stack(x), device=device) for x in zip(*transitions))), obs, episodes
+    fields = (torch.as_tensor(np.stack(x), device=device) for x in zip(*transitions))
+    return Batch(*(x.float() if x.is_floating_point() else x for x in fields)), obs, episodes
 
 
 def gae(reward, value, next_value, terminated, done, gamma: float, gae_lambda: float) -> torch.Tensor:
@@ -300,7 +302,7 @@ def gae(reward, value, next_value, terminated, done, gamma: float, gae_lambda: f
     # delta_t = r_t + gamma V(s_t+1) - V(s_t)
     delta = reward + gamma * next_value * ~terminated - value
     # A_t = delta_t + gamma lambda A_t+1, cut where the episode ended
-    decay = gamma * gae_lambda * ~done
+    decay = gamma * gae_lambda * (~done).to(delta)
     advantage, following = torch.zeros_like(delta), torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):
         advantage[t] = following = delta[t] + decay[t] * following
@@ -398,12 +400,14 @@ def train(args: Args) -> dict:
     """
     if args.dry_run:
         args = replace(args, total_timesteps=args.num_envs * args.num_steps, eval_episodes=2)
-    run.check(args)
+    command.check(args)
     batch_size = args.num_envs * args.num_steps
     iterations = args.total_timesteps // batch_size
+    resumed = command.load_to_resume(args, iterations * batch_size, kind="residual")
     device = run.prepare_torch(args)
     vec = envs.make_vec(args.env_id, args.num_envs, threads=args.threads, **args.env_kwargs)
     envs.require_flat_box(vec)
+    envs.make_vec(args.env_id, 1, **{**args.env_kwargs, **args.eval_env_kwargs}).close()  # a mistake shows at once
     base_policy = rollout.scripted(args.base_policy, vec)
     agent = make_agent(vec, args).to(device)
     adam = {"lr": args.learning_rate, "eps": 1e-5, "weight_decay": args.weight_decay, "fused": True}
@@ -411,11 +415,10 @@ def train(args: Args) -> dict:
     scaler = RewardScaler(args.num_envs, args.gamma).to(device)
     gradient = run.compiled(compute_gradient) if args.compile else compute_gradient
     obs, _ = vec.reset(seed=args.seed)
-    step, best, recent, resumed = 0, None, deque(maxlen=100), None
+    step, best, recent = 0, None, deque(maxlen=100)
 
-    if args.resume is not None:
-        resumed = run.load_to_resume(args, iterations * batch_size)
-        agent.load_state_dict(resumed["agent"])
+    if resumed is not None:
+        run.load_agent(agent, resumed, args, args.resume)
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["reward_scaler"])
         step, best = resumed["step"], resumed["best"]
@@ -423,6 +426,8 @@ def train(args: Args) -> dict:
         if resumed["envs"] is not None:
             vec.load_state_dict(resumed["envs"])
             obs = resumed["obs"].numpy()
+        else:  # an environment that gives no snapshot begins fresh episodes
+            obs, _ = vec.reset(seed=args.seed + step)
         run.set_rng_state(resumed["rng"])
     elif args.pretrained is not None:
         run.load_agent(agent, run.load_policy(args.pretrained, kind="residual"), args, args.pretrained)
@@ -439,7 +444,7 @@ def train(args: Args) -> dict:
         }  # fmt: skip
 
     parents = {"base_policy": args.base_policy, "pretrained": args.pretrained}
-    with run.Run("ppo_residual", args, resumed, parents) as this:
+    with run.Run("ppo_residual", args, device, resumed, parents) as this:
         if best is not None:  # the directory may hold none, or one from beyond the checkpoint resumed
             this.save_policy("best.pt", {**checkpoint(), **best})
         for iteration in range(step // batch_size + 1, iterations + 1):
@@ -473,7 +478,7 @@ def train(args: Args) -> dict:
 
 def evaluate(args: Args) -> dict:
     """Measure args.evaluate on the test split; with --compare-base also the base alone, on the same episodes."""
-    run.check(args)
+    command.check(args)
     vec = envs.make_vec(args.env_id, 1, **args.env_kwargs)
     envs.require_flat_box(vec)
     learned = run.is_policy_path(args.evaluate)
@@ -494,8 +499,8 @@ def evaluate(args: Args) -> dict:
 
 
 def main() -> None:
-    with run.command_line():
-        args = run.parse(Args, Args.tuned, with_policy=("base_policy", "alpha", "act_scale"))
+    with command.command_line():
+        args = command.parse(Args, Args.tuned, with_policy=("base_policy", "alpha", "act_scale"))
         evaluate(args) if args.evaluate is not None else train(args)
 
 

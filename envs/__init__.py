@@ -6,7 +6,8 @@ from typing import Any
 import gymnasium as gym
 
 from envs.batch_env import BatchEnv, GymVec
-from envs.run import UserError, fits
+from envs.command import fits
+from envs.run import UserError
 
 gym.register("SO101Paper-v0", "envs.so101:SO101PaperEnv", vector_entry_point="envs.so101:SO101Paper")
 
@@ -31,14 +32,14 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any)
     if num_envs < 1:
         raise UserError(f"num_envs must be at least 1, not {num_envs}")
     try:
-        if spec.vector_entry_point is None:
+        if spec.id not in OURS:
             kwargs = {name: value for name, value in kwargs.items() if name not in ("training", "split", "threads")}
             vec = GymVec(spec.id, num_envs, **kwargs)
         else:
             cls = gym.envs.registration.load_env_creator(spec.vector_entry_point)
             check_kwargs(cls, kwargs)
             vec = cls(num_envs=num_envs, **kwargs)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError, gym.error.Error) as error:
         raise UserError(f"{spec.id}: {error}") from error
     if seed is not None:
         vec.reset(seed=seed)

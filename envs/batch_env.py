@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 
+from envs.run import UserError
+
 SPLITS = ("train", "validation", "test")
 Array = np.ndarray | torch.Tensor
 
@@ -140,6 +142,10 @@ class BatchEnv(gym.vector.VectorEnv):
 
     def load_state_dict(self, state: dict) -> None:
         for name, array in self._everything().items():
+            if tuple(array.shape) != tuple(state["arrays"][name].shape):
+                raise UserError(
+                    f"the snapshot's {name} has another shape: it is from another version of this environment"
+                )
             array[:] = state["arrays"][name]
         for rng, rng_state in zip(self.rngs, state["rngs"], strict=True):
             rng.bit_generator.state = rng_state

@@ -24,7 +24,7 @@ def rollout(policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callabl
         One dict an episode: return, length, success (None where the task has none) and the task's own metrics.
 
     Raises:
-        FloatingPointError: the policy gave an action that is not finite.
+        FloatingPointError: an action or a reward is not finite.
     """
     playing = np.arange(vec.num_envs)  # the episode in each row; one >= episodes is played but not counted
     results: list[dict | None] = [None] * episodes
@@ -38,7 +38,9 @@ def rollout(policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callabl
             raise FloatingPointError(
                 f"the policy's action is not finite in episode {playing[~np.isfinite(action).all(1)][0]}"
             )
-        obs, _, terminated, truncated, info = vec.step(action)
+        obs, reward, terminated, truncated, info = vec.step(action)
+        if not np.isfinite(reward).all():
+            raise FloatingPointError(f"the reward is not finite in episode {playing[~np.isfinite(reward)][0]}")
         done = terminated | truncated
         if on_step is not None:
             on_step(done)
@@ -112,10 +114,8 @@ class Film:
     """Records row 0 until its first episode ends."""
 
     def __init__(self, vec: Any, path: Path):
-        try:
-            from moviepy import ImageSequenceClip
-        except ImportError:
-            raise UserError("--capture-video needs moviepy: pip install -e '.[video]'") from None
+        from moviepy import ImageSequenceClip
+
         self.vec, self.path, self.clip, self.frames = vec, path, ImageSequenceClip, []
 
     def __call__(self, done: np.ndarray) -> None:
@@ -253,6 +253,9 @@ class OnnxPolicy:
         if [shape[-1:] for shape in shapes] != [[obs_dim], [action_dim]]:
             found = f"{[i.shape for i in inputs]} -> {[o.shape for o in outputs]}"
             raise UserError(f"{path}: maps {found}, but this environment needs (N, {obs_dim}) -> (N, {action_dim})")
+        if inputs[0].type != "tensor(float)" or isinstance(inputs[0].shape[0], int):
+            found = f"{inputs[0].type} {inputs[0].shape}"
+            raise UserError(f"{path}: takes {found}; export it for float32 and any number of observations (batch axis)")
         self.path, self.input = path, inputs[0].name
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:

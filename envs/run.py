@@ -1,56 +1,34 @@
-"""What a training run writes and how it is read back; and command-line manners: flags, signals, one-line errors."""
+"""What a training run writes, and how its files are read back."""
 
 import contextlib
 import csv
 import hashlib
-import inspect
 import io
 import json
 import logging
 import os
-import pickle
 import platform
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import types
-import typing
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import nn
 
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy", "onnxruntime")
 POLICY_KEYS = ("kind", "env_id", "env_kwargs", "args", "agent", "step")
-# Settings that may differ between a run and its continuation, that no later run takes over from an earlier one, that
-# matter to --evaluate, and that matter to nothing else
-CONTINUING = ("resume", "total_timesteps", "run_root", "run_name", "config")
-PLACE = (
-    "resume",
-    "pretrained",
-    "evaluate",
-    "config",
-    "run_root",
-    "run_name",
-    "track",
-    "capture_video",
-    "dry_run",
-)
-ONLY_PLAY = ("compare_base", "json", "render")
-PLAY = ("env_id", "env_kwargs", "eval_env_kwargs", "eval_episodes", "eval_seed", "threads", "run_root", "evaluate",
-        "capture_video", *ONLY_PLAY)  # fmt: skip
 
 
 class UserError(ValueError):
@@ -63,169 +41,6 @@ class Interrupted(BaseException):
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
-
-
-# The command line
-
-
-@contextlib.contextmanager
-def command_line() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted and exit with 130 and 143; a user's mistake ends in one line and status 2,
-    numbers that are not finite in one line and status 1."""
-
-    def interrupt(signum: int, frame: types.FrameType | None) -> None:
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, signal.SIG_IGN)  # a second one must not cut short the saving that this one begins
-        raise Interrupted(signum)
-
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, interrupt)
-    try:
-        yield
-    except (UserError, OSError, FloatingPointError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
-    except Interrupted as interrupted:
-        print(f"\n{interrupted}: stopped", file=sys.stderr)
-        sys.exit(128 + interrupted.signum)
-
-
-def parse(
-    args_class: type,
-    tuned: Callable[..., Any],
-    with_policy: tuple[str, ...] = (),
-    argv: list[str] | None = None,
-):
-    """The command line as an Args. What it leaves out comes from the run to resume, the policy to evaluate or the
-    --config file, or else from the settings tuned for the chosen task; --help shows the values in force.
-
-    tuned: Args.tuned; its parameters are the settings that choose the row.
-    with_policy: settings of this script that also matter when a policy file is evaluated.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    chosen = tyro.cli(args_class, args=[arg for arg in argv if arg not in ("-h", "--help")])
-    playing = chosen.evaluate is not None
-    if chosen.resume is not None:
-        source, values = chosen.resume, load_checkpoint(find_checkpoint(chosen.resume))["args"]
-    elif playing and is_policy_path(chosen.evaluate):
-        source, values = chosen.evaluate, load_policy(chosen.evaluate)["args"]
-    elif chosen.config is not None:
-        source, values = chosen.config, load_config(chosen.config)
-    else:
-        choice = [name for name, p in inspect.signature(tuned).parameters.items() if p.kind != p.VAR_KEYWORD]
-        source, values = "tuned settings", asdict(tuned(**{name: getattr(chosen, name) for name in choice}))
-    defaults = args_from(args_class, values, source)
-    # where a run came from and where it lies is no setting of the next one
-    own = ("run_root", "run_name") if chosen.resume is not None else PLACE
-    defaults = replace(defaults, **{name: getattr(args_class(), name) for name in own})
-    if playing:  # how a run was evaluated while it trained is no setting of the final evaluation
-        defaults = replace(defaults, **{name: getattr(args_class(), name) for name in PLAY})
-    args = tyro.cli(args_class, default=defaults, args=argv)
-
-    used = PLAY + (with_policy if playing and is_policy_path(args.evaluate) else ())
-    for name in changed(args, defaults):
-        flag = f"--{name.replace('_', '-')}"
-        if playing and name not in used:
-            raise UserError(f"{flag} has no effect on --evaluate {args.evaluate}; leave it out")
-        if not playing and name in ONLY_PLAY:
-            raise UserError(f"{flag} works only with --evaluate")
-    return args
-
-
-def changed(args: Any, other: Any) -> list[str]:
-    """Names of the fields in which two Args differ."""
-    return [field.name for field in fields(args) if getattr(args, field.name) != getattr(other, field.name)]
-
-
-def check(args: Any) -> None:
-    """What all training scripts ask of their settings.
-
-    Raises:
-        UserError: a value that cannot work.
-    """
-    batch = args.num_envs * args.num_steps
-    for name in ("num_envs", "num_steps", "update_epochs", "threads", "eval_episodes", "hidden_sizes"):
-        if np.min(getattr(args, name), initial=1) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in (
-        "eval_every",
-        "checkpoint_every",
-        "critic_warmup",
-        "seed",
-        "eval_seed",
-        "ent_coef",
-        "vf_coef",
-        "weight_decay",
-    ):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
-    for name in ("learning_rate", "clip_coef", "max_grad_norm"):
-        if not getattr(args, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {getattr(args, name)}")
-    if args.minibatch_size < 2 or batch % args.minibatch_size:
-        raise UserError(
-            f"--minibatch-size {args.minibatch_size} must be at least 2 and divide num_envs * num_steps = {batch}"
-        )
-    if args.total_timesteps < batch:
-        raise UserError(
-            f"--total-timesteps {args.total_timesteps} is less than one rollout, num_envs * num_steps = {batch}"
-        )
-    if args.total_timesteps % batch and args.evaluate is None:
-        whole = args.total_timesteps // batch * batch
-        print(f"{whole:,} of {args.total_timesteps:,} steps: whole rollouts of {batch:,} only", file=sys.stderr)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu, or install PyTorch with CUDA")
-    for name in ("training", "split", "threads", "render_mode"):
-        if name in args.env_kwargs or name in args.eval_env_kwargs:
-            raise UserError(f"{name} is not for --env-kwargs: the script sets it")
-
-
-def args_from(args_class: type, values: dict, source: str) -> Any:
-    """An Args from a dict read from `source`.
-
-    Raises:
-        UserError: a name that Args does not have, or a value of another type.
-    """
-    types_of = {field.name: field.type for field in fields(args_class)}
-    for name, value in values.items():
-        if name not in types_of:
-            raise UserError(f"{source}: unknown setting {name!r}; --help lists the settings")
-        if isinstance(value, list):
-            value = tuple(value)  # JSON knows no tuples
-        if not fits(value, types_of[name]):
-            raise UserError(f"{source}: {name} cannot be {value!r}; --help says what it takes")
-        values = {**values, name: value}
-    return args_class(**values)
-
-
-def fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is of the annotated type; an int will do where a float is meant."""
-    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (types.UnionType, typing.Union):
-        return any(fits(value, option) for option in inner)
-    if origin is Literal:
-        return value in inner
-    if origin is not None:
-        return isinstance(value, origin)
-    if isinstance(value, bool):  # which to Python is an int
-        return annotation is bool
-    return isinstance(value, (int, float) if annotation is float else annotation)
-
-
-def load_config(path: str) -> dict:
-    """The settings in a JSON file: a run's config.json, or one written by hand such as {"learning_rate": 0.001}."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; --config takes a run's config.json or {{'setting': value}} in JSON")
-    try:
-        content = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold one JSON object of settings, such as {{'learning_rate': 0.001}}")
-    return content.get("args", content)
 
 
 def require_finite(what: str, x: np.ndarray, step: int) -> None:
@@ -293,6 +108,10 @@ def due(every: int, step: int, batch_size: int) -> bool:
 # Files: written whole or not at all
 
 
+def unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} could not be written ({error.strerror}); what was there is intact; free some space")
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write beside the target, flush to the disk, then rename: a crash leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -303,7 +122,7 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror}); what was there before is intact") from error
+        raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -314,7 +133,7 @@ def append(path: Path, text: str) -> None:
         with open(path, "a", newline="") as file:
             file.write(text)
     except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror}); what was there before is intact") from error
+        raise unwritable(path, error) from error
 
 
 def csv_text(rows: list[dict], header: bool) -> str:
@@ -360,17 +179,13 @@ def load(path: Path) -> dict:
         UserError: the file is missing, damaged, or something else.
     """
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file; give a .pt file, or a run directory that holds one")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+    except Exception as error:  # what torch.load raises has no common base
         raise UserError(f"{path}: empty, damaged or not a file of this project; use another checkpoint") from error
     if not isinstance(content, dict) or not set(POLICY_KEYS) <= content.keys():
         raise UserError(
@@ -379,9 +194,9 @@ def load(path: Path) -> dict:
     return content
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: Path, kind: str | None = None) -> dict:
     """A .pt file that holds all that resuming needs."""
-    checkpoint = load(path)
+    checkpoint = load_policy(str(path), kind)
     if "optimizer" not in checkpoint:
         raise UserError(f"{path}: a policy without its training state; --pretrained starts from one, --resume cannot")
     return checkpoint
@@ -416,47 +231,29 @@ def load_policy(path: str, kind: str | None = None) -> dict:
     return policy
 
 
-def find_checkpoint(path: str) -> Path:
-    """The file itself, or a run directory's newest readable checkpoint; damaged ones are skipped and named."""
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The files of a run directory from which it can be resumed."""
+    return [file for name in ("checkpoints/step_*.pt", "interrupted.pt", "final.pt") for file in folder.glob(name)]
+
+
+def find_checkpoint(path: str, say: bool = True) -> Path:
+    """The file itself, or a run directory's newest readable checkpoint; `say` which damaged ones are skipped."""
     folder = Path(path)
     if not folder.is_dir():
         return folder
-    found = []
-    for file in [
-        *folder.glob("checkpoints/step_*.pt"),
-        *folder.glob("interrupted.pt"),
-        *folder.glob("final.pt"),
-    ]:
+    found, damaged = [], []
+    for file in checkpoints_in(folder):
         try:
             found.append((load_checkpoint(file)["step"], file))
         except UserError as error:
-            print(f"skipped: {error}", file=sys.stderr)
+            damaged.append(f"skipped: {error}")
+    if damaged and (say or not found):
+        print("\n".join(damaged), file=sys.stderr)
     if not found:
         raise UserError(
             f"{path}: no readable checkpoint in this directory; --resume takes a run directory or a .pt file"
         )
     return max(found)[1]
-
-
-def load_to_resume(args: Any, last_step: int) -> dict:
-    """The checkpoint that args.resume names, if args continue its run.
-
-    Raises:
-        UserError: args differ in more than the total and the place, or the run is complete.
-    """
-    checkpoint = load_checkpoint(find_checkpoint(args.resume))
-    before = args_from(type(args), checkpoint["args"], args.resume)
-    for name in changed(args, before):
-        if name not in CONTINUING:
-            flag, old = f"--{name.replace('_', '-')}", getattr(before, name)
-            raise UserError(
-                f"{flag} was {old!r} in {args.resume} and cannot change; --pretrained starts a new run from a policy"
-            )
-    if checkpoint["step"] >= last_step:
-        raise UserError(
-            f"{args.resume} is complete at {checkpoint['step']} steps; give a larger --total-timesteps to go on"
-        )
-    return checkpoint
 
 
 def load_agent(agent: nn.Module, policy: dict, args: Any, source: str) -> None:
@@ -466,7 +263,9 @@ def load_agent(agent: nn.Module, policy: dict, args: Any, source: str) -> None:
         UserError: it belongs to another environment, or its networks have other sizes.
     """
     if policy["env_id"] != args.env_id:
-        raise UserError(f"{source}: a policy for {policy['env_id']}, not for {args.env_id}")
+        raise UserError(
+            f"{source}: a policy for {policy['env_id']}, not {args.env_id}; give its --env-id or another file"
+        )
     own, theirs = agent.state_dict(), policy["agent"]
     for name in {**own, **theirs}:
         here, there = (tuple(state[name].shape) if name in state else "absent" for state in (own, theirs))
@@ -508,23 +307,33 @@ class Run:
     Args:
         script: name of the training script.
         args: its Args.
+        device: where the networks live.
         resumed: the checkpoint it continues from, if any: logs are cut after its step.
         parents: what the run starts from, {role: path}; names that are no file or run are left out.
     """
 
-    def __init__(self, script: str, args: Any, resumed: dict | None, parents: dict[str, str | None]):
+    def __init__(
+        self, script: str, args: Any, device: torch.device, resumed: dict | None, parents: dict[str, str | None]
+    ):
         self.args, self.start_time, self.start_step = args, time.time(), resumed["step"] if resumed else 0
         self.snapshot: dict | None = None
+        self.fresh_episodes = resumed is not None and resumed["envs"] is None
         self.finished = False
         self.folder, source = self._folder(script, args)
         try:
-            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=source == self.folder)
+            self.folder.mkdir(parents=True, exist_ok=source == self.folder)
+            (self.folder / "checkpoints").mkdir(exist_ok=True)
         except FileExistsError:
             raise UserError(f"{self.folder} exists; choose another --run-name, or continue it with --resume") from None
         except OSError as error:
             raise UserError(f"{self.folder} cannot be made ({error.strerror}); choose another --run-root") from None
         if source is not None:
             self._cut_logs(source)
+            self._cut_checkpoints()
+        batch = args.num_envs * args.num_steps
+        if args.total_timesteps % batch:
+            whole = args.total_timesteps // batch * batch
+            print(f"{whole:,} of {args.total_timesteps:,} steps: whole rollouts of {batch:,}", file=sys.stderr)
         self.config = {
             "script": script,
             "env_id": args.env_id,
@@ -532,6 +341,7 @@ class Run:
             "git_commit": git_commit(),
             "python": platform.python_version(),
             "packages": {name: version(name) for name in PACKAGES},
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
             "start_time": datetime.now().astimezone().isoformat(timespec="seconds"),
             "parents": {role: describe_parent(path) for role, path in parents.items() if path and Path(path).exists()},
@@ -548,10 +358,10 @@ class Run:
         if args.resume is not None:
             path = Path(args.resume).resolve()
             source = path if path.is_dir() else path.parent.parent if path.parent.name == "checkpoints" else path.parent
-        if args.run_name is not None and not (source is not None and args.run_name == source.name):
-            return Path(args.run_root) / args.run_name, source
-        if source is not None:
+        if source is not None and args.run_name in (None, source.name):
             return source, source
+        if args.run_name is not None:
+            return Path(args.run_root) / args.run_name, source
         name = f"{script}__{args.env_id.replace('/', '-')}__seed{args.seed}__{datetime.now():%Y%m%d-%H%M%S}"
         folder, count = Path(args.run_root) / name, 1
         while folder.exists():  # two runs begun in the same second
@@ -566,6 +376,13 @@ class Run:
             write_whole(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
         rows = [row for row in read_progress(source / "progress.csv") if int(row["step"]) <= self.start_step]
         write_whole(self.folder / "progress.csv", csv_text(rows, header=bool(rows)).encode())
+
+    def _cut_checkpoints(self) -> None:
+        """Remove what lies past the resumed step, or a later resume would take it for this run's own."""
+        for file in checkpoints_in(self.folder):
+            with contextlib.suppress(UserError):
+                if load_checkpoint(file)["step"] > self.start_step:
+                    file.unlink()
 
     def __enter__(self) -> "Run":
         return self
@@ -600,6 +417,11 @@ class Run:
             "run": str(self.folder),
             "steps": step,
             "resumed_from_step": self.start_step or None,
+            **(
+                {"note": "its environment has no snapshot: resuming began fresh episodes"}
+                if self.fresh_episodes
+                else {}
+            ),
             "wall_time_s": round(wall, 2),
             "steps_per_second": round((step - self.start_step) / wall, 1),
             **figures,
@@ -684,10 +506,8 @@ def read_progress(path: Path) -> list[dict]:
 
 def start_wandb(run: Run) -> Any:
     """Weights & Biases; without a login it logs offline into the run directory."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--track needs Weights & Biases: pip install -e '.[track]'") from None
+    import wandb
+
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
     return wandb.init(project="robot-ppo", name=run.folder.name, dir=run.folder, config=run.config, mode=mode)
 

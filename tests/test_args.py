@@ -1,6 +1,7 @@
-"""The settings: every one explained and used, the order in which they are overridden, and the house rules of the code."""
+"""The settings: each explained and used, and the order in which they override; and the house rules of the code."""
 
 import ast
+import contextlib
 import dataclasses
 import json
 import re
@@ -11,18 +12,21 @@ from pathlib import Path
 import pytest
 
 import ppo_residual as ppo
-from envs import run
+from envs import command, run
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
 PACKAGE = sorted((ROOT / "envs").rglob("*.py"))
 FIELDS = [field.name for field in dataclasses.fields(ppo.Args)]
 MAY_DIFFER = ("Args", "TUNED", "collect", "train", "main")
-COMMON = """seed total_timesteps num_envs num_steps minibatch_size update_epochs learning_rate anneal_lr gamma gae_lambda
-    clip_coef clip_value ent_coef vf_coef max_grad_norm target_kl norm_obs norm_reward norm_adv init_log_std hidden_sizes
-    weight_decay critic_warmup device threads compile deterministic eval_every eval_episodes eval_seed checkpoint_every
-    run_root run_name config resume pretrained evaluate json capture_video render env_kwargs eval_env_kwargs track
-    dry_run""".split()
+COMMON = [
+    "seed", "total_timesteps", "num_envs", "num_steps", "minibatch_size", "update_epochs", "learning_rate",
+    "anneal_lr", "gamma", "gae_lambda", "clip_coef", "clip_value", "ent_coef", "vf_coef", "max_grad_norm",
+    "target_kl", "norm_obs", "norm_reward", "norm_adv", "init_log_std", "hidden_sizes", "weight_decay",
+    "critic_warmup", "device", "threads", "compile", "deterministic", "eval_every", "eval_episodes", "eval_seed",
+    "checkpoint_every", "run_root", "run_name", "config", "resume", "pretrained", "evaluate", "json", "capture_video",
+    "render", "env_kwargs", "eval_env_kwargs", "track", "dry_run",
+]  # fmt: skip
 
 
 def tree(path):
@@ -69,7 +73,7 @@ def test_every_field_is_read():
 
 
 def test_every_name_listed_in_run_is_a_field():
-    for names in (run.CONTINUING, run.PLACE, run.ONLY_PLAY, run.PLAY):
+    for names in (command.CONTINUING, command.PLACE, command.ONLY_PLAY, command.PLAY):
         assert set(names) <= set(FIELDS)
 
 
@@ -86,16 +90,23 @@ def test_defaults():
     assert {name: getattr(args, name) for name in off} == dict.fromkeys(off)
     assert not any((args.track, args.capture_video, args.dry_run, args.compile, args.deterministic))
     assert typing.get_args(typing.get_type_hints(ppo.Args)["device"]) == ("auto", "cpu", "cuda")
-    run.check(args)
+    command.check(args)
 
 
-def parse(*argv):
-    return run.parse(
-        ppo.Args,
-        lambda args: ppo.TUNED.get(args.base_policy, {}),
-        with_policy=("base_policy", "alpha", "act_scale"),
-        argv=list(argv),
-    )
+@pytest.fixture
+def parse(monkeypatch):
+    """What main() makes of a command line."""
+
+    def parse(*argv):
+        taken = []
+        monkeypatch.setattr("sys.argv", ["ppo_residual.py", *argv])
+        monkeypatch.setattr(command, "command_line", contextlib.nullcontext)
+        monkeypatch.setattr(ppo, "train", taken.append)
+        monkeypatch.setattr(ppo, "evaluate", taken.append)
+        ppo.main()
+        return taken[0]
+
+    return parse
 
 
 @pytest.fixture
@@ -103,24 +114,27 @@ def tuned(monkeypatch):
     monkeypatch.setitem(ppo.TUNED, "zero", {"learning_rate": 0.0125, "num_envs": 4})
 
 
-def test_nothing_given_is_the_defaults_of_the_tuned_row(monkeypatch):
+def test_nothing_given_is_the_defaults_of_the_tuned_row(parse, monkeypatch):
     monkeypatch.setattr(ppo, "TUNED", {})
     assert parse() == ppo.Args()
+    assert ppo.Args.tuned() == ppo.Args()
 
 
-def test_tuned_row_follows_the_base_policy(tuned):
+def test_tuned_row_follows_the_base_policy(parse, tuned):
     args = parse("--base-policy", "zero")
     assert args == ppo.Args(base_policy="zero", learning_rate=0.0125, num_envs=4)
+    assert args == ppo.Args.tuned("zero")
+    assert ppo.Args.tuned("zero", num_envs=3) == ppo.Args(base_policy="zero", learning_rate=0.0125, num_envs=3)
 
 
-def test_a_flag_wins_over_the_tuned_row(tuned):
+def test_a_flag_wins_over_the_tuned_row(parse, tuned):
     args = parse("--base-policy", "zero", "--learning-rate", "0.5")
     assert (args.learning_rate, args.num_envs) == (0.5, 4)
     args = parse("--learning-rate", "3e-4", "--base-policy", "zero")  # also one that repeats the default
     assert args.learning_rate == 3e-4
 
 
-def test_a_flag_wins_over_the_config_and_the_config_over_the_defaults(tmp_path):
+def test_a_flag_wins_over_the_config_and_the_config_over_the_defaults(parse, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"learning_rate": 0.25, "gamma": 0.5, "hidden_sizes": [8, 8]}))
     args = parse("--config", str(file), "--gamma", "0.75")
@@ -128,16 +142,17 @@ def test_a_flag_wins_over_the_config_and_the_config_over_the_defaults(tmp_path):
     assert args.clip_coef == ppo.Args().clip_coef
 
 
-def test_the_config_of_a_run_gives_its_settings_but_not_its_place(tmp_path):
+def test_the_config_of_a_run_gives_its_settings_but_not_its_place(parse, tmp_path):
     file = tmp_path / "config.json"
-    before = ppo.Args(learning_rate=0.25, hidden_sizes=(8,), run_root="elsewhere", run_name="old", resume="x", dry_run=True)
-    file.write_text(json.dumps({"script": "ppo_residual", "args": dataclasses.asdict(before)}))
-    assert parse("--config", str(file)) == ppo.Args(learning_rate=0.25, hidden_sizes=(8,), config=str(file)) or (
-        parse("--config", str(file)) == ppo.Args(learning_rate=0.25, hidden_sizes=(8,))
+    before = ppo.Args(
+        learning_rate=0.25, hidden_sizes=(8,), run_root="elsewhere", run_name="old", resume="x", dry_run=True
     )
+    file.write_text(json.dumps({"script": "ppo_residual", "args": dataclasses.asdict(before)}))
+    args = dataclasses.replace(parse("--config", str(file)), config=None)
+    assert args == ppo.Args(learning_rate=0.25, hidden_sizes=(8,))
 
 
-def test_a_config_with_an_unknown_or_impossible_setting_is_refused(tmp_path):
+def test_a_config_with_an_unknown_or_impossible_setting_is_refused(parse, tmp_path):
     file = tmp_path / "config.json"
     for content, says in (({"learnin_rate": 1.0}, "unknown"), ({"num_envs": "many"}, "num_envs"), ([1], "object")):
         file.write_text(json.dumps(content))
@@ -145,36 +160,38 @@ def test_a_config_with_an_unknown_or_impossible_setting_is_refused(tmp_path):
             parse("--config", str(file))
 
 
-def test_all_config_values_survive_json(tmp_path):
+def test_all_config_values_survive_json(parse, tmp_path):
     file = tmp_path / "config.json"
-    args = ppo.Args(env_kwargs={"frame_margin": 0.03, "randomize": False}, target_kl=0.02, hidden_sizes=(1, 2, 3), seed=9)
+    args = ppo.Args(
+        env_kwargs={"frame_margin": 0.03, "randomize": False}, target_kl=0.02, hidden_sizes=(1, 2, 3), seed=9
+    )
     file.write_text(json.dumps({"args": dataclasses.asdict(args)}))
     parsed = parse("--config", str(file))
     assert dataclasses.replace(parsed, config=None) == args
 
 
-def help_text(capsys, *argv):
+def help_text(parse, capsys, *argv):
     with pytest.raises(SystemExit) as stopped:
         parse(*argv, "--help")
     assert stopped.value.code == 0
     return re.sub(r"[│\s]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out))
 
 
-def test_help_shows_the_values_in_force(tuned, capsys, tmp_path):
-    assert "default: 0.0125" not in help_text(capsys)
-    assert "default: 0.0125" in help_text(capsys, "--base-policy", "zero")
+def test_help_shows_the_values_in_force(parse, tuned, capsys, tmp_path):
+    assert "default: 0.0125" not in help_text(parse, capsys)
+    assert "default: 0.0125" in help_text(parse, capsys, "--base-policy", "zero")
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"learning_rate": 0.0625}))
-    assert "default: 0.0625" in help_text(capsys, "--config", str(file))
+    assert "default: 0.0625" in help_text(parse, capsys, "--config", str(file))
 
 
-def test_help_lists_every_setting(capsys):
-    text = help_text(capsys)
+def test_help_lists_every_setting(parse, capsys):
+    text = help_text(parse, capsys)
     for name in FIELDS:
         assert f"--{name.replace('_', '-')}" in text, name
 
 
-def test_nothing_is_silently_ignored():
+def test_nothing_is_silently_ignored(parse):
     with pytest.raises(run.UserError, match="--compare-base"):
         parse("--compare-base")
     with pytest.raises(run.UserError, match="--learning-rate"):
@@ -204,7 +221,7 @@ def test_nothing_is_silently_ignored():
 )
 def test_values_that_cannot_work_are_refused_by_name(change, flag):
     with pytest.raises(run.UserError, match=flag):
-        run.check(ppo.Args(**change))
+        command.check(ppo.Args(**change))
 
 
 def imported(path):
@@ -264,7 +281,7 @@ def depth(node, inside=0):
     return deepest
 
 
-def test_depth_counts_blocks():
+def test_depth_counts_blocks(parse):
     source = "def f():\n for x in y:\n  if x:\n   pass\n  elif z:\n   while x:\n    pass\n"
     assert depth(ast.parse(source).body[0]) == 3
 

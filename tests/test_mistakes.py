@@ -67,8 +67,11 @@ def originals(tmp_path_factory):
 
     (folder / "empty.pt").write_bytes(b"")
     content = (folder / "run" / "final.pt").read_bytes()
-    (folder / "truncated.pt").write_bytes(content[: len(content) // 2])
+    (folder / "truncated.pt").write_bytes(content[: len(content) * 3 // 4])
+    weight = content.index(final["agent"]["actor.0.weight"].numpy().tobytes())
+    (folder / "zeros.pt").write_bytes(content[:weight] + bytes(512) + content[weight + 512 :])
     (folder / "text.pt").write_text("not a checkpoint\n")
+    (folder / "dots.pt").write_text("...")
     torch.save({"weight": torch.zeros(3)}, folder / "foreign.pt")
     torch.save(torch.nn.Linear(2, 2), folder / "module.pt")
     torch.save({**final, "kind": "policy"}, folder / "kind.pt")
@@ -115,12 +118,11 @@ def place(originals, tmp_path, monkeypatch):
 def command(monkeypatch, capsys):
     """Runs the script in this process: command line -> status, the lines on stderr."""
 
-    def command(line: str) -> tuple[int | str | None, list[str]]:
+    def command(line: str) -> tuple[int | str, list[str]]:
         monkeypatch.setattr(sys, "argv", ["ppo_residual.py", *line.split()])
         with pytest.raises(SystemExit) as end:
-            ppo_residual.main()
-            sys.exit(0)
-        return end.value.code, [line for line in capsys.readouterr().err.splitlines() if line]
+            sys.exit(ppo_residual.main())
+        return end.value.code or 0, [line for line in capsys.readouterr().err.splitlines() if line]
 
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield command
@@ -132,7 +134,7 @@ def files() -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
 
 
-def assert_refused(status: int | str | None, lines: list[str], message: str) -> None:
+def assert_refused(status: int | str, lines: list[str], message: str) -> None:
     assert status == 2, lines
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
@@ -157,7 +159,9 @@ FILES = {
     "missing.pt": r"missing\.pt: no such file; .+",
     "empty.pt": r"empty\.pt: .*damaged.*; use another",
     "truncated.pt": r"truncated\.pt: .*damaged.*; use another",
+    "zeros.pt": r"zeros\.pt: .*damaged.*; use another",
     "text.pt": r"text\.pt: .*not a file of this project; use another",
+    "dots.pt": r"dots\.pt: .*not a file of this project; use another",
     "module.pt": r"module\.pt: .*not a file of this project; use another",
     "foreign.pt": r"foreign\.pt: not a policy of this project; give best\.pt",
     "kind.pt": r"kind\.pt: holds a policy, where a residual is needed; use the script that trained it",
@@ -180,7 +184,16 @@ def test_policy_file(refused, flag, name):
     ],
 )
 def test_policy_of_another_task(refused, line):
-    refused(line, r"pendulum\.pt: a policy for Pendulum-v1, not for SO101Paper-v0; .*(--env-id|another)")
+    refused(line, r"pendulum\.pt: a policy for Pendulum-v1, not SO101Paper-v0; .*(--env-id|another)")
+
+
+@pytest.mark.parametrize("part", [0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.9999])
+def test_file_cut_short(part):
+    """Wherever it ends, a file cut short is a damaged file and nothing else."""
+    content = Path("run/final.pt").read_bytes()
+    Path("cut.pt").write_bytes(content[: int(part * len(content))])
+    with pytest.raises(run.UserError, match=r"cut\.pt: .*damaged.*; use another"):
+        run.load(Path("cut.pt"))
 
 
 TRAINING = {
@@ -201,6 +214,7 @@ TRAINING = {
     "--env-id SO101Papper-v0": r"unknown environment 'SO101Papper-v0'; ours are SO101Paper-v0",
     "--env-id SO101Paper-v7": r"unknown environment 'SO101Paper-v7'; ours are SO101Paper-v0",
     "--env-id no_such_module:Env-v0": r"unknown environment 'no_such_module:Env-v0'; ours are SO101Paper-v0",
+    "--env-id HalfCheetah-v3 --base-policy zero": r"HalfCheetah-v3: .*moved to",
     "--env-id CartPole-v1": r"actions must be a flat, bounded Box, not Discrete\(2\)",
     "--env-id Blackjack-v1": r"observations must be a flat Box, not Tuple.*; flatten",
     "--env-id DictObservations-v0": r"observations must be a flat Box, not Dict.*; flatten",
@@ -215,22 +229,25 @@ TRAINING = {
     "--env-kwargs training False": r"training is not for --env-kwargs: the script sets it",
     "--env-kwargs split test": r"split is not for --env-kwargs: the script sets it",
     "--eval-env-kwargs split train": r"split is not for --(eval-)?env-kwargs: the script sets it",
+    "--env-kwargs render_mode human": r"render_mode is not for --env-kwargs: the script sets it",
     "--env-kwargs num_envs 3": r"num_envs is not for --env-kwargs: the script sets it",
     "--env-kwargs env_id Pendulum-v1": r"env_id is not for --env-kwargs: the script sets it",
     "--env-kwargs seed 3": r"seed is not for --env-kwargs: the script sets it",
-    "--minibatch-size 100": r"--minibatch-size 100 must .*divide num_envs \* num_steps = 128",
-    "--minibatch-size 0": r"--minibatch-size 0 must be at least 2",
+    "--minibatch-size 100": r"--minibatch-size must .*divide num_envs \* num_steps = 128, not 100",
+    "--minibatch-size 0": r"--minibatch-size must be at least 2 .*, not 0",
     "--num-envs 0": r"--num-envs must be at least 1, not 0",
     "--num-steps 0": r"--num-steps must be at least 1, not 0",
     "--threads 0": r"--threads must be at least 1, not 0",
     "--eval-episodes 0": r"--eval-episodes must be at least 1, not 0",
     "--hidden-sizes 64 0": r"--hidden-sizes must be at least 1, not \(64, 0\)",
-    "--total-timesteps 127": r"--total-timesteps 127 is less than one rollout, num_envs \* num_steps = 128",
-    "--gamma 1.01": r"--gamma must lie between 0 and 1, not 1\.01",
-    "--gae-lambda -0.1": r"--gae-lambda must lie between 0 and 1, not -0\.1",
+    "--total-timesteps 127": r"--total-timesteps must be at least one rollout, num_envs \* num_steps = 128, not 127",
+    "--gamma 1.01": r"--gamma must be between 0 and 1, not 1\.01",
+    "--gae-lambda -0.1": r"--gae-lambda must be between 0 and 1, not -0\.1",
     "--learning-rate 0": r"--learning-rate must be above 0, not 0",
-    "--learning-rate nan": r"--learning-rate must be above 0, not nan",
-    "--checkpoint-every -1": r"--checkpoint-every must not be negative",
+    "--learning-rate nan": r"--learning-rate must be a finite number, not nan",
+    "--target-kl 0": r"--target-kl must be above 0, not 0",
+    "--alpha nan": r"--alpha must .*not nan",
+    "--checkpoint-every -1": r"--checkpoint-every must be 0 or more",
     "--run-root empty.pt": r"empty\.pt.* cannot be made \(Not a directory\); choose another --run-root",
     "--run-root . --run-name run": r"run exists; choose another --run-name, or continue it with --resume",
     "--run-root . --run-name notes": r"notes exists; choose another --run-name",
@@ -295,7 +312,7 @@ EVALUATING = {
     "--evaluate ik --eval-episodes 0": r"--eval-episodes must be at least 1, not 0",
     "--evaluate ik --env-kwargs split train": r"split is not for --env-kwargs: the script sets it",
     "--evaluate ik --json missing/result.json": r"missing.result\.json could not be written \(No such file",
-    "--evaluate run --env-id Pendulum-v1 --base-policy zero": r"a policy for SO101Paper-v0, not for Pendulum-v1; .+",
+    "--evaluate run --env-id Pendulum-v1 --base-policy zero": r"a policy for SO101Paper-v0, not Pendulum-v1; .+",
 }
 
 
@@ -312,7 +329,7 @@ def test_no_gpu(refused):
 @pytest.mark.parametrize(
     ("line", "module", "message"),
     [
-        (TRAIN + "--track", "wandb", r"--track needs Weights & Biases: pip install"),
+        (TRAIN + "--track", "wandb", r"--track needs wandb: pip install"),
         (TRAIN + "--capture-video", "moviepy", r"--capture-video needs moviepy: pip install"),
         (PLAY + "--evaluate ik --capture-video", "moviepy", r"--capture-video needs moviepy: pip install"),
     ],
@@ -330,7 +347,7 @@ def test_environment_not_installed(refused, monkeypatch):
 
 
 def test_base_returns_nan(command):
-    """It shows only while the run plays, so the run is there and says that it failed; it holds nothing to start from."""
+    """It shows only while the run plays, so there is a run, which says that it failed and holds no weights."""
     before = files()
     assert_refused(*command(TRAIN + "--run-name nan --base-policy nan.onnx"), r"nan\.onnx: returned NaN.*; export a")
     after = files()
@@ -341,7 +358,7 @@ def test_base_returns_nan(command):
     assert summary["sha256"] == {}
 
 
-def test_flag_that_tyro_refuses(command, capsys, monkeypatch):
+def test_flag_that_tyro_refuses(command):
     before = files()
     status, lines = command("--num-envs abc")
     assert status == 2
@@ -381,7 +398,7 @@ def disk(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("last", "refused"),
+    ("last", "name"),
     [
         ("config.json", "step_000000128.pt"),
         ("checkpoints/step_000000128.pt", "best.pt"),
@@ -390,19 +407,19 @@ def disk(monkeypatch):
         ("final.pt", "policy.onnx"),
     ],
 )
-def test_full_disk(command, disk, last, refused):
+def test_full_disk(command, disk, last, name):
     folder = Path("runs/full")
     disk(folder / last)
     status, lines = command(TRAIN + "--run-name full")
-    assert_refused(status, lines[-1:], rf"{refused} could not be written \(No space left on device\); .*intact")
+    assert_refused(status, lines[-1:], rf"{name} could not be written \(No space left on device\); .*intact")
     assert not any(line.startswith("error: ") for line in lines[:-1])
-    left = {path.name for path in folder.rglob("*.pt")}
-    assert refused not in {path.name for path in folder.rglob("*")}
-    assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+    left = {path.name for path in folder.rglob("*")}
+    assert name not in left
+    assert not [other for other in left if other.endswith(".tmp")]
     for path in folder.rglob("*.pt"):
         run.load(path)
     if "step_000000128.pt" in left:
-        assert run.load_to_resume(replace(TINY, resume=str(folder), total_timesteps=512), 512)["step"] in (128, 256)
+        assert run.load_checkpoint(run.find_checkpoint(str(folder)))["step"] in (128, 256)
 
 
 def test_full_disk_over_an_older_file(command, disk):
@@ -430,15 +447,12 @@ def test_full_disk_for_a_result(refused, disk):
     refused(PLAY + "--evaluate zero --json result.json", r"result\.json could not be written \(No space left.*intact")
 
 
-def damage(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:1000])
-
-
-def test_newest_checkpoint_damaged(command):
+@pytest.mark.parametrize("file", ["truncated.pt", "zeros.pt", "empty.pt"])
+def test_newest_checkpoint_damaged(command, file):
     """The one before continues; each damaged file is named once."""
     damaged = ["run/final.pt", "run/checkpoints/step_000000256.pt"]
     for name in damaged:
-        damage(Path(name))
+        shutil.copy(file, name)
     status, lines = command("--resume run --total-timesteps 256")
     assert status == 0, lines
     summary = json.loads(Path("run/summary.json").read_text())
@@ -450,7 +464,7 @@ def test_newest_checkpoint_damaged(command):
 
 def test_every_checkpoint_damaged(command):
     for path in Path("run").rglob("*.pt"):
-        damage(path)
+        shutil.copy("truncated.pt", path)
     before = files()
     status, lines = command("--resume run --total-timesteps 512")
     assert_refused(status, lines[-1:], r"run: no readable checkpoint in this directory; --resume takes")

@@ -1,5 +1,6 @@
 """The algorithm of ppo_residual.py: its formulas against plain reimplementations, its policy files, its failures."""
 
+import functools
 import json
 import math
 import signal
@@ -23,8 +24,8 @@ from envs import rollout, run, so101
 quick = settings(max_examples=40, deadline=None)
 EASY = {"frame_margin": 0.1}  # a wide frame, so that episodes are short
 TINY = {
-    "num_envs": 2, "num_steps": 32, "minibatch_size": 32, "update_epochs": 2, "total_timesteps": 192, "eval_episodes": 2,
-    "eval_every": 0, "checkpoint_every": 64, "env_kwargs": EASY, "run_name": "run",
+    "num_envs": 2, "num_steps": 32, "minibatch_size": 32, "update_epochs": 2, "total_timesteps": 192,
+    "eval_episodes": 2, "eval_every": 0, "checkpoint_every": 64, "env_kwargs": EASY, "run_name": "run",
 }  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def make_agent(obs_dim=5, act_dim=2, seed=0, **kwargs):
     agent = ppo.Agent(obs_dim, -bound, bound, ppo.Args(hidden_sizes=(16, 16), **kwargs))
     with torch.no_grad():
         agent.log_std.copy_(0.5 * torch.randn(act_dim))
-        agent.actor[-1].weight.mul_(50)
+        agent.actor[-1].weight.mul_(150)
     if isinstance(agent.normalizer, ppo.Normalizer):
         agent.normalizer.update(3 + 2 * torch.randn(50, obs_dim))
     return agent
@@ -55,7 +56,7 @@ def make_data(agent, n=64, seed=0):
 
 
 def brute_force_gae(reward, value, next_value, terminated, done, gamma, lam):
-    """(1 - lambda) sum of lambda^(k-1) A^(k), the last term with all the remaining weight; one environment, in numpy."""
+    """(1 - lambda) sum of lambda^(k-1) A^(k), the last term with all the remaining weight; one environment."""
     advantage = np.zeros(len(reward))
     for t in range(len(reward)):
         end = t  # the last transition that the sum may use
@@ -81,6 +82,7 @@ def test_gae_is_the_weighted_sum_of_k_step_advantages(seed, steps, rows, gamma, 
     reward, value, next_value = rng.normal(size=(3, steps, rows))
     terminated, truncated = rng.random((2, steps, rows)) < often / 2  # both at once is among them
     done = terminated | truncated
+    next_value[:-1] = np.where(done[:-1], next_value[:-1], value[1:])  # an action leads to the next observation
     ours = ppo.gae(*(torch.as_tensor(x) for x in (reward, value, next_value, terminated, done)), gamma, lam).numpy()
     for i in range(rows):
         columns = (x[:, i] for x in (reward, value, next_value, terminated, done))
@@ -106,7 +108,9 @@ def loss_of(critic_only=False, **kwargs):
     """ppo_loss for the four transitions above, with an entropy of 0.7."""
     output = RATIOS.log(), torch.tensor(0.7, dtype=torch.float64), VALUES
     agent = SimpleNamespace(evaluate_actions=lambda obs, action: output)
-    args = ppo.Args(**{"norm_adv": False, "clip_value": False, "clip_coef": 0.2, "ent_coef": 0.1, "vf_coef": 0.5, **kwargs})
+    args = ppo.Args(
+        **{"norm_adv": False, "clip_value": False, "clip_coef": 0.2, "ent_coef": 0.1, "vf_coef": 0.5, **kwargs}
+    )
     loss, stats = ppo.ppo_loss(
         agent, args, critic_only, None, None, torch.zeros(4).double(), ADVANTAGES, TARGETS, OLD_VALUES
     )
@@ -173,7 +177,7 @@ def make_optimizer(agent, args):
 
 
 def test_update_is_adam_on_the_clipped_gradient():
-    args = ppo.Args(learning_rate=1e-3, minibatch_size=16, update_epochs=3)
+    args = ppo.Args(learning_rate=1e-3, minibatch_size=16, update_epochs=3, norm_adv=True, clip_value=True)
     ours, theirs = make_agent().double(), make_agent().double()
     data = make_data(ours)
     torch.manual_seed(3)
@@ -183,7 +187,7 @@ def test_update_is_adam_on_the_clipped_gradient():
     for (name, x), y, before in zip(
         ours.named_parameters(), theirs.parameters(), make_agent().double().parameters(), strict=True
     ):
-        assert (x - before).abs().max() > 1e-3, name
+        assert (x - before).abs().max() > 1e-4, name
         torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
 
 
@@ -192,7 +196,9 @@ def test_critic_warmup_leaves_the_actor_as_it_is():
     agent, before = make_agent(), make_agent()
     ppo.update(agent, make_optimizer(agent, args), ppo.compute_gradient, args, True, make_data(agent))
     changed = {
-        name for (name, x), y in zip(agent.named_parameters(), before.parameters(), strict=True) if not torch.equal(x, y)
+        name
+        for (name, x), y in zip(agent.named_parameters(), before.parameters(), strict=True)
+        if not torch.equal(x, y)
     }
     assert changed == {name for name, _ in agent.named_parameters() if name.startswith("critic")}
 
@@ -423,15 +429,16 @@ def fake_onnx(monkeypatch):
 
 
 def break_observation(monkeypatch):
-    observe = so101.SO101Paper.observe
+    step, calls = so101.SO101Paper.step, []
 
-    def wrong(self, rows):
-        obs = observe(self, rows)
-        if self.training and self.episode_length.sum() >= 150:
+    def wrong(self, action):
+        obs, *others = step(self, action)
+        calls.append(1)
+        if self.training and len(calls) == 75:
             obs[1] = np.nan
-        return obs
+        return obs, *others
 
-    monkeypatch.setattr(so101.SO101Paper, "observe", wrong)
+    monkeypatch.setattr(so101.SO101Paper, "step", wrong)
 
 
 def break_reward(monkeypatch):
@@ -461,7 +468,7 @@ def break_loss(monkeypatch):
     [
         (break_observation, "observation not finite at step 150 in environment 1"),
         (break_reward, "reward not finite at step 140 in environment 0"),
-        (break_loss, "not finite after the update at step 192"),
+        (break_loss, "step 192; the last checkpoint"),
     ],
 )
 def test_a_run_that_meets_nan_fails_and_keeps_its_last_checkpoint(
@@ -569,9 +576,15 @@ def gradient_of(agent, gradient, args, data, critic_only=False):
     return stats, {name: p.grad.clone() for name, p in agent.named_parameters() if p.grad is not None}
 
 
-def test_compiled_gradient_equals_eager_and_is_compiled_once():
-    args = ppo.Args()
-    agent = make_agent()
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def backend(request, monkeypatch):
+    """Whatever is compiled here goes through this backend; the first traces only, and is quick."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=request.param))
+
+
+def test_compiled_gradient_equals_eager_and_is_compiled_once(backend):
+    args, agent = ppo.Args(), make_agent()
     optimizer = make_optimizer(agent, args)
     compiled = run.compiled(ppo.compute_gradient)
     gradient_of(agent, compiled, args, make_data(agent))
@@ -586,3 +599,20 @@ def test_compiled_gradient_equals_eager_and_is_compiled_once():
             assert max(gradient.abs().max() for gradient in expected.values()) > 0.01
             optimizer.step()
             agent.normalizer.update(data[0])
+
+
+def test_compiled_critic_warmup_gives_the_actor_no_gradient(backend):
+    args, agent = ppo.Args(), make_agent()
+    data = make_data(agent)
+    _, gradients = gradient_of(agent, run.compiled(ppo.compute_gradient), args, data, critic_only=True)
+    _, expected = gradient_of(agent, ppo.compute_gradient, args, data, critic_only=True)
+    assert all(name.startswith("critic") for name in expected)
+    torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_compiled_run_equals_an_eager_one(backend, tmp_path, fake_onnx):
+    agents = []
+    for name, compile_it in (("eager", False), ("compiled", True)):
+        ppo.train(ppo.Args(**{**TINY, "run_root": str(tmp_path), "run_name": name, "compile": compile_it}))
+        agents.append(run.load(tmp_path / name / "final.pt")["agent"])
+    torch.testing.assert_close(*agents, rtol=1e-3, atol=1e-3)

@@ -326,6 +326,9 @@ def test_a_batch_equals_single_environments_and_any_number_of_threads():
         np.testing.assert_array_equal(one, two)
     assert played[2].any()
     assert played[3].any()
+    begun = played[0][played[2] | played[3]]
+    np.testing.assert_allclose(begun[:, :6], np.tile(READY, (len(begun), 1)), atol=1e-6)
+    assert not begun[:, 6:12].any()
 
     noise = noisy_ik(rows)  # the actions of the batch once more
     obs = SO101Paper(rows).reset(seed=7)[0]
@@ -371,6 +374,16 @@ def test_stepping_continues_bit_for_bit_from_a_snapshot(tmp_path):
         for one, two in zip(expected, play(other, noisy_ik(4, seed=1), obs, 400), strict=True):
             np.testing.assert_array_equal(one, two)
         np.testing.assert_array_equal(other.reset()[0], next_start)
+
+
+def test_a_snapshot_remembers_the_steps_inside():
+    vec, fresh = SO101Paper(1, training=False), SO101Paper(1, training=False)
+    vec.reset(seed=0)
+    vec.qpos[0, 6:9] = (*GOAL, 0)
+    for _ in range(3):
+        vec.step(still(1))
+    fresh.load_state_dict(vec.state_dict())
+    assert [fresh.step(still(1))[2][0] for _ in range(2)] == [False, True]
 
 
 # The base policy

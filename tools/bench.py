@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import envs
 import ppo_residual
-from envs import rollout, run
+from envs import command, rollout, run
 
 
 @dataclass
@@ -47,7 +47,7 @@ def make_policy(name: str, vec) -> rollout.Policy:
     if not run.is_policy_path(name):
         return rollout.scripted(name, vec)
     policy = run.load_policy(name)
-    args = run.args_from(ppo_residual.Args, policy["args"], name)
+    args = command.args_from(ppo_residual.Args, policy["args"], name)
     agent = ppo_residual.make_agent(vec, args)
     run.load_agent(agent, policy, args, name)
     return ppo_residual.Corrected(agent, rollout.scripted(args.base_policy, vec), args, vec.single_action_space)

@@ -16,7 +16,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs.run import UserError, command_line, read_jsonl, read_progress
+from envs.command import command_line
+from envs.run import UserError, read_jsonl, read_progress
 
 
 @dataclass

@@ -1,0 +1,208 @@
+"""The command line: flags and where their values come from, what cannot work, signals, one-line errors."""
+
+import contextlib
+import importlib.util
+import inspect
+import json
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from envs.run import Interrupted, UserError, find_checkpoint, is_policy_path, load_checkpoint, load_policy
+
+# Settings that may differ between a run and its continuation
+CONTINUING = ("resume", "total_timesteps", "run_root", "run_name", "config")
+# Settings that say where a run came from, where it lies and how it was watched: no later one takes them over
+PLACE = (
+    *("resume", "pretrained", "evaluate", "config", "run_root", "run_name"),
+    *("track", "capture_video", "dry_run"),
+)
+# Settings of --evaluate: how it measures, what else it looks at, and what works with nothing but --evaluate
+MEASURE = ("eval_episodes", "eval_seed", "threads")
+ONLY_PLAY = ("compare_base", "json", "render")
+PLAY = (*MEASURE, *ONLY_PLAY, "evaluate", "env_id", "env_kwargs", "eval_env_kwargs", "run_root", "capture_video")
+
+
+@contextlib.contextmanager
+def command_line() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted and exit with 130 and 143; a user's mistake ends in one line and status 2,
+    numbers that are not finite in one line and status 1."""
+
+    def interrupt(signum: int, frame: types.FrameType | None) -> None:
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_IGN)  # a second one must not cut short the saving that this one begins
+        raise Interrupted(signum)
+
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, interrupt)
+    try:
+        yield
+    except (UserError, OSError, FloatingPointError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    except Interrupted as interrupted:
+        print(f"\n{interrupted}: stopped", file=sys.stderr)
+        sys.exit(128 + interrupted.signum)
+
+
+def parse(
+    args_class: type,
+    tuned: Callable[..., Any],
+    with_policy: tuple[str, ...] = (),
+    argv: list[str] | None = None,
+):
+    """The command line as an Args. What it leaves out comes from the run to resume, the policy to evaluate or the
+    --config file, or else from the settings tuned for the chosen task; --help shows the values in force.
+
+    tuned: Args.tuned; its parameters are the settings that choose the row.
+    with_policy: settings of this script that also matter when a policy file is evaluated.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = tyro.cli(args_class, args=[arg for arg in argv if arg not in ("-h", "--help")])
+    playing, fresh = chosen.evaluate is not None, args_class()
+    if chosen.resume is not None:
+        source, values = chosen.resume, load_checkpoint(find_checkpoint(chosen.resume, say=False))["args"]
+        forget = ("config", "run_root", "run_name")
+    elif playing and is_policy_path(chosen.evaluate):
+        source, values, forget = chosen.evaluate, load_policy(chosen.evaluate)["args"], (*PLACE, *MEASURE)
+    elif chosen.config is not None:
+        source, values, forget = chosen.config, load_config(chosen.config), PLACE
+    else:
+        source, values, forget = "tuned settings", {}, PLACE
+    choice = [name for name, p in inspect.signature(tuned).parameters.items() if p.kind != p.VAR_KEYWORD]
+    row = tuned(**{name: values.get(name, getattr(chosen, name)) for name in choice})
+    values = {**asdict(row), **values}
+    defaults = replace(args_from(args_class, values, source), **{name: getattr(fresh, name) for name in forget})
+    args = tyro.cli(args_class, default=defaults, args=argv)
+
+    used = PLAY + (with_policy if playing and is_policy_path(args.evaluate) else ())
+    if args.resume is not None and args.config is not None:
+        raise UserError("--resume goes on with the settings of its run; leave --config out")
+    for name in changed(args, defaults):
+        flag = f"--{name.replace('_', '-')}"
+        if playing and name not in used:
+            raise UserError(f"{flag} has no effect on --evaluate {args.evaluate}; leave it out")
+        if not playing and name in ONLY_PLAY:
+            raise UserError(f"{flag} works only with --evaluate")
+    return args
+
+
+def changed(args: Any, other: Any) -> list[str]:
+    """Names of the fields in which two Args differ."""
+    return [field.name for field in fields(args) if getattr(args, field.name) != getattr(other, field.name)]
+
+
+def check(args: Any) -> None:
+    """What all training scripts ask of their settings.
+
+    Raises:
+        UserError: a value that cannot work, or a package that is missing.
+    """
+
+    def refuse(wrong: bool, name: str, must: str) -> None:
+        if wrong:
+            raise UserError(f"--{name.replace('_', '-')} must be {must}, not {getattr(args, name)}")
+
+    for name in ("num_envs", "num_steps", "update_epochs", "threads", "eval_episodes", "hidden_sizes"):
+        refuse(np.min(getattr(args, name), initial=1) < 1, name, "at least 1")
+    for field in fields(args):
+        value = getattr(args, field.name)
+        refuse(isinstance(value, float) and not np.isfinite(value), field.name, "a finite number")
+    for name in ("eval_every", "checkpoint_every", "critic_warmup", "seed", "eval_seed", "ent_coef", "vf_coef"):
+        refuse(getattr(args, name) < 0, name, "0 or more")
+    for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
+        refuse(getattr(args, name) is not None and getattr(args, name) <= 0, name, "above 0")
+    refuse(args.weight_decay < 0, "weight_decay", "0 or more")
+    for name in ("gamma", "gae_lambda"):
+        refuse(not 0 <= getattr(args, name) <= 1, name, "between 0 and 1")
+    batch = args.num_envs * args.num_steps
+    divides = args.minibatch_size >= 2 and batch % args.minibatch_size == 0
+    refuse(not divides, "minibatch_size", f"at least 2 and divide num_envs * num_steps = {batch}")
+    refuse(args.total_timesteps < batch, "total_timesteps", f"at least one rollout, num_envs * num_steps = {batch}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu, or install PyTorch with CUDA")
+    for name in ("env_id", "num_envs", "seed", "training", "split", "threads", "render_mode"):
+        if name in args.env_kwargs or name in args.eval_env_kwargs:
+            raise UserError(f"{name} is not for --env-kwargs: the script sets it; leave it out")
+    for wanted, flag, package, extra in (
+        (args.track, "--track", "wandb", "track"),
+        (args.capture_video, "--capture-video", "moviepy", "video"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"{flag} needs {package}: pip install -e '.[{extra}]'")
+
+
+def args_from(args_class: type, values: dict, source: str) -> Any:
+    """An Args from a dict read from `source`.
+
+    Raises:
+        UserError: a name that Args does not have, or a value of another type.
+    """
+    types_of = {field.name: field.type for field in fields(args_class)}
+    for name, value in values.items():
+        if name not in types_of:
+            raise UserError(f"{source}: unknown setting {name!r}; --help lists the settings")
+        if isinstance(value, list):
+            value = tuple(value)  # JSON knows no tuples
+        if not fits(value, types_of[name]):
+            raise UserError(f"{source}: {name} cannot be {value!r}; --help says what it takes")
+        values = {**values, name: value}
+    return args_class(**values)
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of the annotated type; an int will do where a float is meant."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, option) for option in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if isinstance(value, bool):  # which to Python is an int
+        return annotation is bool
+    return isinstance(value, (int, float) if annotation is float else annotation)
+
+
+def load_config(path: str) -> dict:
+    """The settings in a JSON file: a run's config.json, or one written by hand such as {"learning_rate": 0.001}."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; --config takes a run's config.json or {{'setting': value}} in JSON")
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("args", content), dict):
+        raise UserError(f"{path}: must hold one JSON object of settings, such as {{'learning_rate': 0.001}}")
+    return content.get("args", content)
+
+
+def load_to_resume(args: Any, last_step: int, kind: str) -> dict | None:
+    """The checkpoint that args.resume names, or None without one; args must continue its run.
+
+    Raises:
+        UserError: args differ in more than the total and the place, or the run is complete.
+    """
+    if args.resume is None:
+        return None
+    checkpoint = load_checkpoint(find_checkpoint(args.resume), kind)
+    before = args_from(type(args), checkpoint["args"], args.resume)
+    for name in changed(args, before):
+        if name not in CONTINUING:
+            was = f"--{name.replace('_', '-')} was {getattr(before, name)!r} in {args.resume} and cannot change"
+            raise UserError(f"{was}; --pretrained starts a new run from a policy")
+    if checkpoint["step"] >= last_step:
+        done = f"{args.resume} is complete at {checkpoint['step']:,} steps"
+        raise UserError(f"{done}; give a larger --total-timesteps to go on")
+    return checkpoint

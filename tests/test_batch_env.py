@@ -1,0 +1,546 @@
+import warnings
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import envs
+from envs import run
+from envs.batch_env import SPLITS, BatchEnv, GymVec, SingleEnv
+from envs.command import fits
+from envs.rollout import rollout
+from envs.run import UserError
+
+LIMIT = 6
+PUSH = np.array([[1.0], [0.0], [0.5]], np.float32)  # row 0 reaches the end, row 1 never, row 2 in between
+
+
+class Toy(BatchEnv):
+    """A point starts in [0, 1), moves by its action and a little noise, and has arrived beyond 2.5."""
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        training: bool = True,
+        split: str = "train",
+        render_mode: str | None = None,
+        device: str | None = None,
+        as_dict: bool = False,
+        limit: int = LIMIT,
+        weather: Literal["calm", "windy"] = "calm",
+    ):
+        box = gym.spaces.Box(-20, 20, (2,), np.float32)
+        space = gym.spaces.Dict({"point": box, "clock": gym.spaces.Box(0, 100, (1,), np.float32)}) if as_dict else box
+        action = gym.spaces.Box(-1, 1, (1,), np.float32)
+        super().__init__(num_envs, space, action, limit, training, split, render_mode, device)
+        self.device, self.as_dict = device, as_dict
+        self.point, self.clock = self.array(np.zeros(num_envs)), self.array(np.zeros(num_envs, np.float32))
+
+    def array(self, x):
+        return np.array(x) if self.device is None else torch.as_tensor(np.array(x), device=self.device)
+
+    def start(self, rows):
+        for i in rows:
+            self.point[i] = self.rngs[i].uniform()
+        self.clock[rows] = 0
+
+    def advance(self, action):
+        self.point += action[:, 0] + self.array([rng.normal(0, 0.01) for rng in self.rngs])
+        self.clock += 1
+        arrived = self.point > 2.5
+        return -abs(self.point - 2.5), arrived, {"is_success": arrived, "overshoot": self.point - 2.5}
+
+    def observe(self, rows):
+        stack = np.stack if self.device is None else torch.stack
+        point = stack([self.point[rows], -self.point[rows]], 1)
+        point = point.astype(np.float32) if self.device is None else point.float()
+        return {"point": point, "clock": self.clock[rows][:, None]} if self.as_dict else point
+
+    def state(self):
+        return {"point": self.point, "clock": self.clock}
+
+
+class ToyEnv(SingleEnv):
+    batch_env = Toy
+
+
+gym.register("Toy-v0", f"{__name__}:ToyEnv", vector_entry_point=f"{__name__}:Toy")
+
+
+@pytest.fixture(autouse=True)
+def toy_is_ours(monkeypatch):
+    monkeypatch.setattr(envs, "OURS", (*envs.OURS, "Toy-v0"))
+
+
+@pytest.fixture(params=[None, "cpu"], ids=["numpy", "torch"])
+def device(request):
+    return request.param
+
+
+def actions(vec, value):
+    return vec.array(np.broadcast_to(np.asarray(value, np.float32), (vec.num_envs, 1)).copy())
+
+
+def plain(x):
+    """With numpy arrays for tensors, and copied."""
+    return {name: plain(value) for name, value in x.items()} if isinstance(x, dict) else np.asarray(x).copy()
+
+
+def play(vec, value, steps):
+    return [[plain(x) for x in vec.step(actions(vec, value))] for _ in range(steps)]
+
+
+def assert_equal(one, two):
+    """Bit for bit, through dicts and lists."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        one, two = list(one.values()), [two[name] for name in one]
+    if isinstance(one, list):
+        assert len(one) == len(two)
+        for a, b in zip(one, two):
+            assert_equal(a, b)
+    else:
+        np.testing.assert_array_equal(one, two)
+
+
+# BatchEnv
+
+
+def test_a_finished_row_begins_anew_in_the_same_step(device):
+    vec = Toy(3, device=device)
+    obs = plain(vec.reset(seed=0)[0])
+    assert vec.metadata["autoreset_mode"] == gym.vector.AutoresetMode.SAME_STEP
+    returns, lengths, ended = np.zeros(3), np.zeros(3, int), np.zeros(3, int)
+    rngs = [np.random.default_rng(np.random.SeedSequence([0, i])) for i in range(3)]
+    point = np.array([rng.uniform() for rng in rngs])
+    np.testing.assert_array_equal(obs, np.stack([point, -point], 1).astype(np.float32))
+    for _ in range(4 * LIMIT):
+        obs, reward, terminated, truncated, info = (plain(x) for x in vec.step(actions(vec, PUSH)))
+        point = point + (PUSH[:, 0] + np.array([rng.normal(0, 0.01) for rng in rngs]))
+        returns, lengths = returns - abs(point - 2.5), lengths + 1
+        np.testing.assert_array_equal(reward, -abs(point - 2.5))
+        np.testing.assert_array_equal(terminated, point > 2.5)
+        np.testing.assert_array_equal(truncated, ~terminated & (lengths == LIMIT))
+        done = terminated | truncated
+        if not done.any():
+            assert info == {}
+        else:
+            names = {"final_obs", "episode", "is_success", "overshoot"}
+            assert info.keys() == names | {f"_{name}" for name in names}
+            for name in names:
+                np.testing.assert_array_equal(info[f"_{name}"], done)
+            last = np.stack([point, -point], 1).astype(np.float32)
+            np.testing.assert_array_equal(info["final_obs"][done], last[done])
+            np.testing.assert_allclose(info["episode"]["r"][done], returns[done], rtol=1e-12)
+            np.testing.assert_array_equal(info["episode"]["l"][done], lengths[done])
+            np.testing.assert_array_equal(info["is_success"][done], terminated[done])
+            np.testing.assert_array_equal(info["overshoot"][done], point[done] - 2.5)
+            returns[done], lengths[done] = 0, 0
+            for i in np.flatnonzero(done):
+                point[i] = rngs[i].uniform()
+        np.testing.assert_array_equal(obs, np.stack([point, -point], 1).astype(np.float32))
+        ended += done
+    assert (ended >= [6, 4, 4]).all()
+
+
+def test_arrays_are_of_the_kind_asked_for(device):
+    vec = Toy(2, device=device, limit=1)
+    kind = np.ndarray if device is None else torch.Tensor
+    obs, reward, terminated, truncated, info = (vec.reset(seed=0), vec.step(actions(vec, 0)))[1]
+    given = (obs, reward, terminated, truncated, info["final_obs"], info["episode"]["r"], info["_episode"])
+    assert all(isinstance(x, kind) for x in given)
+
+
+def test_what_a_step_returned_does_not_change_later(device):
+    vec = Toy(3, device=device)
+    vec.reset(seed=0)
+    live = [vec.step(actions(vec, PUSH)) for _ in range(LIMIT)]
+    before = [[plain(x) for x in step] for step in live]
+    play(vec, PUSH, 2 * LIMIT)
+    assert_equal([[plain(x) for x in step] for step in live], before)
+
+
+def test_an_episode_that_arrives_at_the_time_limit_is_terminated(device):
+    vec = Toy(2, device=device, limit=1)
+    vec.reset(seed=0)
+    vec.point[:] = vec.array([2.0, 0.0])
+    _, _, terminated, truncated, info = vec.step(actions(vec, 1))
+    np.testing.assert_array_equal(terminated, [True, False])
+    np.testing.assert_array_equal(truncated, [False, True])
+    np.testing.assert_array_equal(info["_episode"], [True, True])
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_torch_equals_numpy(as_dict):
+    one, two = (Toy(3, as_dict=as_dict, device=device) for device in (None, "cpu"))
+    assert_equal(plain(one.reset(seed=3)[0]), plain(two.reset(seed=3)[0]))
+    assert_equal(play(one, PUSH, 20), play(two, PUSH, 20))
+
+
+def test_dict_observations():
+    flat, nested = Toy(3), Toy(3, as_dict=True)
+    np.testing.assert_array_equal(flat.reset(seed=0)[0], nested.reset(seed=0)[0]["point"])
+    for _ in range(3 * LIMIT):
+        obs, reward, *_, info = flat.step(actions(flat, PUSH))
+        nested_obs, nested_reward, terminated, truncated, nested_info = nested.step(actions(nested, PUSH))
+        assert nested.observation_space.contains(nested_obs)
+        np.testing.assert_array_equal(obs, nested_obs["point"])
+        np.testing.assert_array_equal(reward, nested_reward)
+        done = terminated | truncated
+        np.testing.assert_array_equal(nested_obs["clock"][done], 0)
+        if done.any():
+            np.testing.assert_array_equal(info["final_obs"], nested_info["final_obs"]["point"])
+            np.testing.assert_array_equal(nested_info["final_obs"]["clock"][done, 0], info["episode"]["l"][done])
+
+
+def test_seeds():
+    """Row i of an int s has SeedSequence([s, i]); a list is taken as it is; without a seed the generators run on."""
+
+    def draws(*sequences):
+        return [np.random.default_rng(np.random.SeedSequence(s)).uniform() for s in sequences]
+
+    vec = Toy(3)
+    vec.reset(seed=7)
+    np.testing.assert_array_equal(vec.point, draws([7, 0], [7, 1], [7, 2]))
+    vec.reset(seed=np.int64(7))
+    np.testing.assert_array_equal(vec.point, draws([7, 0], [7, 1], [7, 2]))
+    vec.reset(seed=[5, [1, 2, 3], 9])
+    np.testing.assert_array_equal(vec.point, draws(5, [1, 2, 3], 9))
+    first = vec.point.copy()
+    vec.reset()
+    second = [np.random.default_rng(np.random.SeedSequence(s)).uniform(size=2)[1] for s in (5, [1, 2, 3], 9)]
+    np.testing.assert_array_equal(vec.point, second)
+    assert not np.isin(vec.point, first).any()
+
+
+def test_splits_never_share_a_draw():
+    starts = []
+    for split in SPLITS:
+        vec = Toy(20, split=split)
+        for seed in range(3):
+            vec.reset(seed=seed)
+            starts += vec.point.tolist()
+    assert len(set(starts)) == 3 * 3 * 20
+
+
+def test_reset_mask_leaves_the_other_rows_alone(device):
+    vec, untouched = Toy(3, device=device, limit=50), Toy(3, device=device, limit=50)
+    for v in (vec, untouched):
+        v.reset(seed=0)
+        play(v, 0.1, 3)
+    mask = np.array([False, True, False])
+    obs, _ = vec.reset(seed=4, options={"reset_mask": mask})
+    fresh = Toy(3, device=device, limit=50)
+    fresh_obs = plain(fresh.reset(seed=4)[0])
+    np.testing.assert_array_equal(obs, np.where(mask[:, None], fresh_obs, plain(untouched.observe(np.arange(3)))))
+    np.testing.assert_array_equal(vec.episode_length, [3, 0, 3])
+    for _ in range(12):
+        (obs, reward, *_), (fresh_obs, fresh_reward, *_), (old_obs, old_reward, *_) = (
+            v.step(actions(v, 0.1)) for v in (vec, fresh, untouched)
+        )
+        np.testing.assert_array_equal(reward, np.where(mask, fresh_reward, old_reward))
+        np.testing.assert_array_equal(obs, np.where(mask[:, None], fresh_obs, old_obs))
+    np.testing.assert_array_equal(vec.episode_return, np.where(mask, fresh.episode_return, untouched.episode_return))
+
+
+def test_stepping_continues_bit_for_bit_from_a_snapshot(device, tmp_path):
+    vec = Toy(3, device=device)
+    vec.reset(seed=1)
+    play(vec, PUSH, 4)
+    snapshot = vec.state_dict()
+    run.save(tmp_path / "state.pt", snapshot)
+    expected = play(vec, PUSH, 20)
+    fresh = Toy(3, device=device)
+    for other, state in ((vec, snapshot), (fresh, torch.load(tmp_path / "state.pt", weights_only=True))):
+        other.load_state_dict(state)
+        assert_equal(play(other, PUSH, 20), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_envs": 0}, "num_envs must be at least 1, not 0"),
+        ({"split": "eval"}, "split must be one of train, validation, test, not 'eval'"),
+        ({"render_mode": "ascii"}, "render_mode must be one of rgb_array, human, not 'ascii'"),
+    ],
+)
+def test_impossible_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Toy(**arguments)
+
+
+# SingleEnv
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_a_single_environment_is_a_row_of_a_batch(as_dict):
+    batch = Toy(3, as_dict=as_dict)
+    singles = [ToyEnv(as_dict=as_dict) for _ in range(3)]
+    obs = batch.reset(seed=5)[0]
+    own = [single.reset(seed=[5, i])[0] for i, single in enumerate(singles)]
+    for _ in range(4 * LIMIT):
+        for i in range(3):
+            assert_equal(own[i], {k: v[i] for k, v in obs.items()} if as_dict else obs[i])
+        obs, reward, terminated, truncated, info = batch.step(PUSH)
+        for i, single in enumerate(singles):
+            own[i], own_reward, own_terminated, own_truncated, own_info = single.step(PUSH[i])
+            assert (own_reward, own_terminated, own_truncated) == (reward[i], terminated[i], truncated[i])
+            assert type(own_reward) is float
+            assert type(own_terminated) is bool
+            if own_terminated or own_truncated:
+                final = info["final_obs"]
+                assert_equal(own[i], {k: v[i] for k, v in final.items()} if as_dict else final[i])
+                assert type(own_info["overshoot"]) is float
+                assert own_info == {name: info[name][i] for name in ("is_success", "overshoot")}
+                own[i] = single.reset()[0]  # takes the episode that the batch began, as the row of the batch does
+            else:
+                assert own_info == {}
+
+
+def test_seeds_of_a_single_environment():
+    single, vec = ToyEnv(), Toy(1)
+    np.testing.assert_array_equal(single.reset(seed=3)[0], vec.reset(seed=3)[0][0])
+    np.testing.assert_array_equal(single.reset(seed=[8, 2])[0], vec.reset(seed=[[8, 2]])[0][0])
+    single.step(np.zeros(1, np.float32))
+    vec.step(np.zeros((1, 1), np.float32))
+    np.testing.assert_array_equal(single.reset()[0], vec.reset()[0][0])  # in the middle of an episode
+    for _ in range(LIMIT):
+        single.step(np.zeros(1, np.float32))
+        vec.step(np.zeros((1, 1), np.float32))
+    single.reset()  # takes the episode that has begun, but only once
+    np.testing.assert_array_equal(single.reset()[0], vec.reset()[0][0])
+    for _ in range(LIMIT):
+        single.step(np.zeros(1, np.float32))
+    np.testing.assert_array_equal(single.reset(seed=3)[0], vec.reset(seed=3)[0][0])  # a seed outdoes the next episode
+    assert single.batch.episode_length[0] == 0
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_gymnasium_finds_nothing_to_complain_about(as_dict):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(ToyEnv(as_dict=as_dict), skip_render_check=True)
+
+
+# Gymnasium's own environments
+
+
+def test_gym_vec_has_the_shape_of_a_batch_env():
+    """Beside ordinary environments with the seeds that it states, on two that are cut off and one that falls."""
+    for env_id, push, limit in (("Pendulum-v1", 1.0, 7), ("InvertedPendulum-v5", 2.0, 20)):
+        vec = GymVec(env_id, 3, max_episode_steps=limit)
+        obs, _ = vec.reset(seed=11)
+        singles = [gym.make(env_id, max_episode_steps=limit) for _ in range(3)]
+        seeds = [int(np.random.SeedSequence([11, i]).generate_state(1)[0]) for i in range(3)]
+        own = [single.reset(seed=seed)[0] for single, seed in zip(singles, seeds)]
+        np.testing.assert_array_equal(obs, own)
+        assert vec.metadata["autoreset_mode"] == gym.vector.AutoresetMode.SAME_STEP
+        action = push * np.array([[1.0], [-1.0], [0.0]], np.float32)
+        returns, lengths, ended = np.zeros(3), np.zeros(3, int), np.zeros(2, int)
+        for _ in range(3 * limit):
+            obs, reward, terminated, truncated, info = vec.step(action)
+            lengths += 1
+            final = np.zeros_like(obs)
+            for i, single in enumerate(singles):
+                own[i], own_reward, own_terminated, own_truncated, _ = single.step(action[i])
+                assert (reward[i], terminated[i], truncated[i]) == (own_reward, own_terminated, own_truncated)
+                returns[i] += own_reward
+                final[i] = own[i]
+                if own_terminated or own_truncated:
+                    own[i] = single.reset()[0]
+            np.testing.assert_array_equal(obs, own)
+            done = terminated | truncated
+            ended += [terminated.sum(), truncated.sum()]
+            if not done.any():
+                assert "episode" not in info
+                continue
+            np.testing.assert_array_equal(info["_episode"], done)
+            np.testing.assert_array_equal(info["_final_obs"], done)
+            np.testing.assert_array_equal(info["final_obs"], final)
+            np.testing.assert_allclose(info["episode"]["r"][done], returns[done])
+            np.testing.assert_array_equal(info["episode"]["l"][done], lengths[done])
+            returns[done], lengths[done] = 0, 0
+        assert ended[0 if env_id == "InvertedPendulum-v5" else 1] >= 3
+        vec.close()
+
+
+def test_gym_vec_resets_only_the_rows_of_the_mask():
+    vec = GymVec("Pendulum-v1", 3, max_episode_steps=7)
+    vec.reset(seed=0)
+    obs, *_ = vec.step(np.zeros((3, 1), np.float32))
+    mask = np.array([True, False, True])
+    new, _ = vec.reset(seed=5, options={"reset_mask": mask})
+    fresh, _ = GymVec("Pendulum-v1", 3).reset(seed=5)
+    np.testing.assert_array_equal(new, np.where(mask[:, None], fresh, obs))
+    np.testing.assert_array_equal(vec.episode_length, [0, 1, 0])
+    for _ in range(6):
+        *_, truncated, info = vec.step(np.zeros((3, 1), np.float32))
+    np.testing.assert_array_equal(truncated, [False, True, False])
+    assert info["episode"]["l"][1] == 7
+
+
+# make_vec
+
+
+def test_make_vec_resets_when_given_a_seed():
+    for env_id in ("Toy-v0", "Pendulum-v1"):
+        vec, same = (envs.make_vec(env_id, 3, seed=2, training=False, split="test") for _ in range(2))
+        other = envs.make_vec(env_id, 3, training=False, split="test")
+        other.reset(seed=2)
+        action = np.zeros((3, 1), np.float32)
+        obs, *_ = vec.step(action)
+        np.testing.assert_array_equal(obs, same.step(action)[0])
+        np.testing.assert_array_equal(obs, other.step(action)[0])
+    assert isinstance(envs.make_vec("Toy-v0", 1), Toy)
+    assert isinstance(envs.make_vec("Pendulum-v1", 1, threads=2), GymVec)
+    assert envs.make_vec("envs:SO101Paper-v0", 1, frame_margin=0.015).spec is None
+
+
+@pytest.mark.parametrize(
+    ("env_id", "num_envs", "arguments", "message"),
+    [
+        ("SO101Papre-v0", 1, {}, r"unknown environment 'SO101Papre-v0'; ours are .*SO101Paper-v0"),
+        ("SO101Paper-v9", 1, {}, r"unknown environment 'SO101Paper-v9'"),
+        ("nowhere:Pendulum-v1", 1, {}, r"unknown environment 'nowhere:Pendulum-v1'"),
+        ("SO101Paper-v0", 0, {}, r"num_envs must be at least 1, not 0"),
+        ("Pendulum-v1", -1, {}, r"num_envs must be at least 1, not -1"),
+        ("SO101Paper-v0", 1, {"margin": 0.1}, r"SO101Paper-v0: no argument 'margin'; it has .*frame_margin"),
+        ("SO101Paper-v0", 1, {"frame_margin": "wide"}, r"SO101Paper-v0: frame_margin must be float, not 'wide'"),
+        ("SO101Paper-v0", 1, {"randomize": 1}, r"SO101Paper-v0: randomize must be bool, not 1"),
+        ("SO101Paper-v0", 1, {"threads": True}, r"SO101Paper-v0: threads must be int, not True"),
+        ("SO101Paper-v0", 1, {"frame_margin": -1.0}, r"SO101Paper-v0: frame_margin must be above 0"),
+        ("SO101Paper-v0", 1, {"split": "tset"}, r"SO101Paper-v0: split must be one of train, validation, test"),
+        ("Toy-v0", 1, {"limit": 1.5}, r"Toy-v0: limit must be int, not 1.5"),
+        ("Toy-v0", 1, {"weather": "wet"}, r"Toy-v0: weather must be .*, not 'wet'"),
+        ("Pendulum-v1", 1, {"gravity": 9.8}, r"Pendulum-v1: .*gravity"),
+    ],
+)
+def test_make_vec_explains_mistakes_in_one_line(env_id, num_envs, arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        envs.make_vec(env_id, num_envs, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_scripts_ask_for_flat_boxes():
+    envs.require_flat_box(envs.make_vec("Toy-v0", 1))
+    with pytest.raises(UserError, match="flat Box"):
+        envs.require_flat_box(envs.make_vec("Toy-v0", 1, as_dict=True))
+    with pytest.raises(UserError, match="bounded Box"):
+        envs.require_flat_box(GymVec("MountainCar-v0", 1))
+
+
+# rollout
+
+
+def approach(obs):
+    """Some episodes arrive and some run out of time."""
+    return np.where(obs[:, :1] < 0.6, 0.05, 0.8).astype(np.float32)
+
+
+def one_by_one(policy, episodes, seed):
+    """The episodes, each played alone in an environment of its own."""
+    results = []
+    for i in range(episodes):
+        vec, total, length, done = Toy(1), 0.0, 0, False
+        obs, _ = vec.reset(seed=[[seed, i]])
+        while not done:
+            obs, reward, terminated, truncated, info = vec.step(policy(obs))
+            total, length, done = total + reward[0], length + 1, terminated[0] or truncated[0]
+        success, overshoot = bool(terminated[0]), info["overshoot"][0]
+        results.append({"return": total, "length": length, "success": success, "failure": None, "overshoot": overshoot})
+    return results
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 9), episodes=st.integers(1, 14), seed=st.integers(0, 2**31))
+def test_an_episode_does_not_depend_on_its_row(rows, episodes, seed):
+    assert rollout(approach, Toy(rows), episodes, seed) == one_by_one(approach, episodes, seed)
+
+
+def test_episodes_end_in_both_ways_in_the_test_above():
+    results = one_by_one(approach, 14, 0)
+    assert {result["success"] for result in results} == {True, False}
+    assert len({result["length"] for result in results}) > 1
+
+
+def test_rollout_on_so101_does_not_depend_on_the_rows():
+    """Short: the sheet starts where it starts, and pressing down at once moves some of them."""
+
+    def policy(obs):
+        return np.clip(0.3 * (obs[:, :6] - 1), -0.04, 0.04).astype(np.float32)
+
+    def vec(rows):
+        batch = envs.make_vec("SO101Paper-v0", rows, training=False, split="validation")
+        batch.max_episode_steps = 20
+        return batch
+
+    expected = rollout(policy, vec(1), 10, seed=3)
+    assert len({result["position_error"] for result in expected}) == 10
+    assert rollout(policy, vec(3), 10, seed=3) == expected
+    assert rollout(policy, vec(8), 10, seed=3) == expected
+
+
+def test_rollout_on_gymnasium_has_no_success():
+    expected = rollout(lambda obs: obs[:, 2:] * -0.1, GymVec("Pendulum-v1", 1, max_episode_steps=9), 5, seed=1)
+    assert rollout(lambda obs: obs[:, 2:] * -0.1, GymVec("Pendulum-v1", 3, max_episode_steps=9), 5, seed=1) == expected
+    assert [result["success"] for result in expected] == [None] * 5
+    assert [result["length"] for result in expected] == [9] * 5
+    assert len({result["return"] for result in expected}) == 5
+
+
+def test_a_policy_with_state_is_reset_as_each_episode_begins():
+    class Counting:
+        """Pushes harder with every step of an episode, so a count that runs on would show in the result."""
+
+        def __init__(self, rows):
+            self.count = np.zeros(rows)
+
+        def reset(self, rows):
+            self.count[rows] = 0
+
+        def __call__(self, obs):
+            self.count += 1
+            return (0.1 * self.count * (1 + obs[:, 0] % 1))[:, None].clip(-1, 1).astype(np.float32)
+
+    expected = rollout(Counting(1), Toy(1), 9, seed=0)
+    assert rollout(Counting(4), Toy(4), 9, seed=0) == expected
+    assert len({result["length"] for result in expected}) > 1
+
+
+def test_rollout_tells_of_every_step():
+    seen = []
+    results = rollout(approach, Toy(1), 3, seed=0, on_step=lambda done: seen.append(done[0]))
+    assert len(seen) == sum(result["length"] for result in results)
+    assert np.flatnonzero(seen).tolist() == (np.cumsum([result["length"] for result in results]) - 1).tolist()
+
+
+def test_rollout_names_the_episode_of_an_action_that_is_not_finite():
+    def policy(obs):
+        calls.append(1)
+        return np.where((len(calls) == LIMIT + 2) & (np.arange(2)[:, None] == 1), np.nan, np.zeros((2, 1)))
+
+    calls = []
+    with pytest.raises(FloatingPointError, match="action is not finite in episode 3"):  # row 1 plays episode 1, then 3
+        rollout(policy, Toy(2), 6, seed=0)
+
+
+# Types
+
+
+@given(st.one_of(st.booleans(), st.integers(), st.floats(), st.text(), st.none()))
+def test_fits_agrees_with_the_types_of_values(value):
+    kind = type(value)
+    assert fits(value, bool) == (kind is bool)
+    assert fits(value, int) == (kind is int)
+    assert fits(value, float) == (kind in (int, float))
+    assert fits(value, str) == (kind is str)
+    assert fits(value, float | None) == (kind in (int, float) or value is None)
+    assert fits(value, Literal["a", "b"]) == (value in ("a", "b"))
+    assert fits((value,), tuple[int, ...]) or kind is not int
+    assert not fits(value, tuple[int, ...])
+    assert not fits(value, dict[str, int])
