@@ -39,7 +39,7 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any)
             cls = gym.envs.registration.load_env_creator(spec.vector_entry_point)
             check_kwargs(cls, kwargs)
             vec = cls(num_envs=num_envs, **kwargs)
-    except (TypeError, ValueError, ImportError, gym.error.Error) as error:
+    except (TypeError, ValueError, ImportError, OSError, gym.error.Error) as error:
         raise UserError(f"{spec.id}: {error}") from error
     if seed is not None:
         vec.reset(seed=seed)
@@ -67,4 +67,5 @@ def check_kwargs(cls: type, kwargs: dict) -> None:
             raise TypeError(f"no argument {name!r}; it has {', '.join(parameters)}")
         annotation = parameters[name].annotation
         if not fits(value, annotation):
-            raise TypeError(f"{name} must be {getattr(annotation, '__name__', annotation)}, not {value!r}")
+            expected = annotation.__name__ if isinstance(annotation, type) else annotation
+            raise TypeError(f"{name} must be {expected}, not {value!r}")

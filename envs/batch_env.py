@@ -22,7 +22,10 @@ def generator(seed: int | list[int], split: str = "train") -> np.random.Generato
 
 def seed_of_each(seed: int | list, num_envs: int) -> list:
     """An int s gives environment i the seed [s, i], so nearby seeds share nothing; a list is taken as it is."""
-    return [[int(seed), i] for i in range(num_envs)] if np.isscalar(seed) else list(seed)
+    seeds = [[int(seed), i] for i in range(num_envs)] if np.isscalar(seed) else list(seed)
+    if len(seeds) != num_envs:
+        raise ValueError(f"{len(seeds)} seeds for {num_envs} environments")
+    return seeds
 
 
 class BatchEnv(gym.vector.VectorEnv):
@@ -182,6 +185,7 @@ class SingleEnv(gym.Env):
         return obs, {}
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        self.next_obs = None
         obs, reward, terminated, truncated, info = self.batch.step(np.asarray(action)[None])
         obs = row(obs, 0)
         if terminated[0] or truncated[0]:

@@ -121,6 +121,8 @@ def check(args: Any) -> None:
         refuse(getattr(args, name) < 0, name, "0 or more")
     for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
         refuse(getattr(args, name) is not None and getattr(args, name) <= 0, name, "above 0")
+    for name in ("seed", "eval_seed"):  # numpy takes a larger one as two, and streams would coincide
+        refuse(getattr(args, name) >= 2**32, name, "below 2**32")
     refuse(args.weight_decay < 0, "weight_decay", "0 or more")
     for name in ("gamma", "gae_lambda"):
         refuse(not 0 <= getattr(args, name) <= 1, name, "between 0 and 1")

@@ -9,6 +9,7 @@ import numpy as np
 from mujoco.batch import Batch
 
 from envs.batch_env import BatchEnv, SingleEnv
+from envs.run import UserError
 
 ASSET = Path(__file__).parent / "assets" / "so101_paper.xml"
 SUBSTEPS = 12  # of 1/360 s: the policy acts at 30 Hz
@@ -246,6 +247,10 @@ class SO101Paper(BatchEnv):
             "potential": self.potential,
         }
 
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.batch.forward(stage=mujoco.mjtStage.mjSTAGE_POS)  # the end effector's position follows from the state
+
     def render(self) -> np.ndarray | None:
         """Row 0, drawn by MuJoCo: an image (480, 640, 3) uint8, or in mode human a window."""
         data = self.batch.get_data(0)
@@ -261,7 +266,10 @@ class SO101Paper(BatchEnv):
             self.viewer.sync()
             return None
         if self.renderer is None:
-            self.renderer = mujoco.Renderer(self.model, 480, 640)
+            try:
+                self.renderer = mujoco.Renderer(self.model, 480, 640)
+            except Exception as error:  # each OpenGL backend has its own
+                raise UserError("MuJoCo found no OpenGL; on a machine without a screen set MUJOCO_GL=egl") from error
         self.renderer.update_scene(data, camera="table")
         return self.renderer.render()
 

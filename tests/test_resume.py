@@ -231,7 +231,7 @@ def test_sigterm_ends_a_run_that_can_be_resumed(tmp_path):
     )
     try:
         until = time.monotonic() + 60
-        while not (tmp_path / "run/progress.csv").exists() and time.monotonic() < until:
+        while len(run.read_progress(tmp_path / "run/progress.csv")) < 3 and time.monotonic() < until:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
