@@ -17,6 +17,7 @@ The residual is an ordinary Gaussian policy, so the PPO below (Schulman et al. 2
 """
 
 from collections import deque
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -25,10 +26,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from gymnasium.spaces import Box
+from gymnasium.vector import VectorEnv
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import envs
 from envs import command, rollout, run
+from envs.rollout import Policy
 from envs.run import UserError, require_finite
 
 
@@ -160,11 +165,11 @@ class Normalizer(nn.Module):
         self.register_buffer("var", torch.ones(shape))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return ((x - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-10, 10)
 
     @torch.no_grad()
-    def update(self, x: torch.Tensor) -> None:
+    def update(self, x: Tensor) -> None:
         """Merge a batch's mean and variance into the running ones (Chan et al. 1979); x: (batch, *shape)."""
         n, total = len(x), self.count + len(x)
         var, mean = torch.var_mean(x, dim=0, correction=0)
@@ -182,7 +187,7 @@ class RewardScaler(nn.Module):
         self.gamma, self.stats = gamma, Normalizer()
         self.register_buffer("returns", torch.zeros(num_envs))
 
-    def forward(self, reward: torch.Tensor, done: torch.Tensor) -> torch.Tensor:
+    def forward(self, reward: Tensor, done: Tensor) -> Tensor:
         """reward, done: (T, N) -> scaled reward (T, N)."""
         returns = torch.empty_like(reward)
         for t in range(len(reward)):
@@ -216,20 +221,18 @@ class Agent(nn.Module):
         self.register_buffer("low", torch.as_tensor(low))
         self.register_buffer("high", torch.as_tensor(high))
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         """The deployed policy: the most likely action, inside its bounds."""
         return self.actor(self.normalizer(obs)).clamp(self.low, self.high)
 
-    def sample(self, obs: torch.Tensor) -> torch.Tensor:
+    def sample(self, obs: Tensor) -> Tensor:
         mean = self.actor(self.normalizer(obs))
         return mean + self.log_std.exp() * torch.randn_like(mean)
 
-    def value(self, obs: torch.Tensor) -> torch.Tensor:
+    def value(self, obs: Tensor) -> Tensor:
         return self.critic(self.normalizer(obs)).squeeze(-1)
 
-    def evaluate_actions(
-        self, obs: torch.Tensor, action: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def evaluate_actions(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log pi(action | obs) (batch,), the policy's entropy () and V(obs) (batch,)."""
         obs = self.normalizer(obs)
         # log N(a; mu, sigma) = -z^2 / 2 - log sigma - log(2 pi) / 2 with z = (a - mu) / sigma, summed over components
@@ -239,7 +242,7 @@ class Agent(nn.Module):
         return logprob, entropy, self.critic(obs).squeeze(-1)
 
 
-def correct(base: np.ndarray, residual: np.ndarray, args: Args, space) -> np.ndarray:
+def correct(base: np.ndarray, residual: np.ndarray, args: Args, space: Box) -> np.ndarray:
     """The idea of residual learning: the base's action plus a small, bounded correction."""
     return np.clip(base + args.alpha * args.act_scale * np.clip(residual, -1, 1), space.low, space.high)
 
@@ -248,7 +251,7 @@ class Corrected:
     """The deployed policy, base plus residual. It computes in float64 and rounds, so that an action does not depend on
     how many observations share its batch."""
 
-    def __init__(self, agent: Agent, base_policy: rollout.Policy, args: Args, space):
+    def __init__(self, agent: Agent, base_policy: Policy, args: Args, space: Box):
         self.agent = deepcopy(agent).cpu().double()
         self.base_policy, self.args, self.space = base_policy, args, space
 
@@ -261,16 +264,18 @@ class Corrected:
 class Batch(NamedTuple):
     """The transitions of one rollout, each field (T, N, ...); index t holds transition t only."""
 
-    obs: torch.Tensor
-    action: torch.Tensor  # the residual as it was drawn, unclipped: that is what its log-probability belongs to
-    next_obs: torch.Tensor  # where the action led, never the first observation of the next episode
-    reward: torch.Tensor
-    terminated: torch.Tensor
-    done: torch.Tensor  # terminated or truncated
+    obs: Tensor
+    action: Tensor  # the residual as it was drawn, unclipped: that is what its log-probability belongs to
+    next_obs: Tensor  # where the action led, never the first observation of the next episode
+    reward: Tensor
+    terminated: Tensor
+    done: Tensor  # terminated or truncated
 
 
 @torch.no_grad()
-def collect(agent, vec, base_policy, args, obs, step, device) -> tuple[Batch, np.ndarray, list[dict]]:
+def collect(
+    agent: Agent, vec: VectorEnv, base_policy: Policy, args: Args, obs: np.ndarray, step: int, device: torch.device
+) -> tuple[Batch, np.ndarray, list[dict]]:
     """Play num_steps steps in every environment from obs on. Returns the batch, the next obs, finished episodes."""
     transitions, episodes, space = [], [], vec.single_action_space
     for _ in range(args.num_steps):
@@ -294,8 +299,10 @@ def collect(agent, vec, base_policy, args, obs, step, device) -> tuple[Batch, np
     return Batch(*(x.float() if x.is_floating_point() else x for x in fields)), obs, episodes
 
 
-def gae(reward, value, next_value, terminated, done, gamma: float, gae_lambda: float) -> torch.Tensor:
-    """Generalised advantage estimation (Schulman et al. 2016); everything is (T, N).
+def gae(
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float
+) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016) (T, N) from fields (T, N).
 
     next_value[t] is V of the state that action t led to, also at the end of an episode: a time limit bootstraps like
     any other step, and only a terminal state is worth zero."""
@@ -309,8 +316,9 @@ def gae(reward, value, next_value, terminated, done, gamma: float, gae_lambda: f
     return advantage
 
 
-def ppo_loss(agent, args, critic_only: bool, obs, action, old_logprob, advantage, target, old_value):
+def ppo_loss(agent: Agent, args: Args, critic_only: bool, *minibatch: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of one minibatch, and the statistics named in STATS. With critic_only it is the critic's part alone."""
+    obs, action, old_logprob, advantage, target, old_value = minibatch
     logprob, entropy, value = agent.evaluate_actions(obs, action)
     log_ratio = logprob - old_logprob
     ratio = log_ratio.exp()
@@ -338,7 +346,7 @@ def ppo_loss(agent, args, critic_only: bool, obs, action, old_logprob, advantage
 STATS = ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction")
 
 
-def compute_gradient(agent, args, critic_only: bool, *minibatch: torch.Tensor) -> torch.Tensor:
+def compute_gradient(agent: Agent, args: Args, critic_only: bool, *minibatch: Tensor) -> Tensor:
     """Leaves the clipped gradient of the loss in the agent's parameters. --compile compiles this function."""
     loss, stats = ppo_loss(agent, args, critic_only, *minibatch)
     loss.backward()
@@ -346,14 +354,16 @@ def compute_gradient(agent, args, critic_only: bool, *minibatch: torch.Tensor) -
     return stats
 
 
-def update(agent, optimizer, compute_gradient, args, critic_only: bool, data: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def update(
+    agent: Agent, optimizer: Optimizer, gradient: Callable, args: Args, critic_only: bool, data: tuple[Tensor, ...]
+) -> Tensor:
     """All epochs over one batch. Returns the mean of STATS over its minibatches."""
     history = []
     for _ in range(args.update_epochs):
         order = torch.randperm(len(data[0]), device=data[0].device)
         for minibatch in zip(*(x[order].split(args.minibatch_size) for x in data)):
             optimizer.zero_grad()
-            stats = compute_gradient(agent, args, critic_only, *minibatch)
+            stats = gradient(agent, args, critic_only, *minibatch)
             history.append(stats)
             if args.target_kl is not None and stats[3] > args.target_kl:
                 return torch.stack(history).mean(0)
@@ -361,20 +371,21 @@ def update(agent, optimizer, compute_gradient, args, critic_only: bool, data: tu
     return torch.stack(history).mean(0)
 
 
-def learn(agent, optimizer, scaler, compute_gradient, args, batch: Batch, critic_only: bool) -> dict[str, float]:
+def learn(
+    agent: Agent, optimizer: Optimizer, gradient: Callable, args: Args, batch: Batch, critic_only: bool
+) -> dict[str, float]:
     """Make the agent better by what it did in `batch`. Returns the train/ scalars."""
     unseen = args.norm_obs and agent.normalizer.count == 0
     if unseen:  # a new policy hardly depends on the observation: its last layer begins near zero
         agent.normalizer.update(batch.obs.flatten(0, 1))
 
-    reward = scaler(batch.reward, batch.done) if args.norm_reward else batch.reward
     with torch.no_grad():
         logprob, _, value = agent.evaluate_actions(batch.obs, batch.action)
         next_value = agent.value(batch.next_obs)
-    advantage = gae(reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
+    advantage = gae(batch.reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
     target = advantage + value
     data = tuple(x.flatten(0, 1) for x in (batch.obs, batch.action, logprob, advantage, target, value))
-    stats = update(agent, optimizer, compute_gradient, args, critic_only, data)
+    stats = update(agent, optimizer, gradient, args, critic_only, data)
 
     if args.norm_obs and not unseen:  # only now, so that old and new log-probabilities saw the same observations
         agent.normalizer.update(batch.obs.flatten(0, 1))
@@ -386,7 +397,7 @@ def learn(agent, optimizer, scaler, compute_gradient, args, batch: Batch, critic
     }
 
 
-def make_agent(vec, args: Args) -> Agent:
+def make_agent(vec: VectorEnv, args: Args) -> Agent:
     bound = np.ones(vec.single_action_space.shape, np.float32)
     return Agent(vec.single_observation_space.shape[0], -bound, bound, args)
 
@@ -453,8 +464,9 @@ def train(args: Args) -> dict:
             recent.extend(episodes)
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / iterations)
-            warming = iteration <= args.critic_warmup
-            scalars = learn(agent, optimizer, scaler, gradient, args, batch, critic_only=warming)
+            if args.norm_reward:
+                batch = batch._replace(reward=scaler(batch.reward, batch.done))
+            scalars = learn(agent, optimizer, gradient, args, batch, critic_only=iteration <= args.critic_warmup)
             step += batch_size
             run.require_finite_update(agent, scalars, step)
 
