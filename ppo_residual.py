@@ -95,7 +95,7 @@ class Args:
     """divide rewards by the running standard deviation of the discounted return"""
     norm_adv: bool = True
     """normalise advantages within each minibatch"""
-    init_log_std: float = 0.0
+    init_log_std: float = -0.5
     """logarithm of the initial standard deviation of the policy"""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """units in the hidden layers of actor and critic"""
