@@ -15,10 +15,10 @@ OURS = ("SO101Paper-v0",)
 
 
 def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any) -> BatchEnv | GymVec:
-    """A vector environment with SAME_STEP autoreset, info["final_obs"] and info["episode"], ours or Gymnasium's.
+    """A vector environment with SAME_STEP autoreset, info["final_obs"] and info["episode"]: a BatchEnv, or Gymnasium's
+    own in that shape. With a seed it is also reset.
 
-    Gymnasium's own environments know neither `training` nor `split` nor `threads`; for them these are dropped.
-    With a seed it is also reset.
+    `training`, `split` and `threads` are dropped where an environment does not know them, as Gymnasium's do not.
 
     Raises:
         UserError: unknown environment, unknown argument, or an argument of the wrong type or value.
@@ -26,19 +26,20 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any)
     try:
         spec = gym.spec(env_id.removeprefix("envs:"))
     except gym.error.Error:
-        raise UserError(
-            f"unknown environment {env_id!r}; ours are {', '.join(OURS)}, others as Gymnasium lists them"
-        ) from None
+        ours = ", ".join(OURS)
+        raise UserError(f"unknown environment {env_id!r}; ours are {ours}, others as Gymnasium lists them") from None
     if num_envs < 1:
         raise UserError(f"num_envs must be at least 1, not {num_envs}")
     try:
-        if spec.id not in OURS:
-            kwargs = {name: value for name, value in kwargs.items() if name not in ("training", "split", "threads")}
-            vec = GymVec(spec.id, num_envs, **kwargs)
-        else:
-            cls = gym.envs.registration.load_env_creator(spec.vector_entry_point)
+        entry = spec.vector_entry_point
+        cls = gym.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
+        native = isinstance(cls, type) and issubclass(cls, BatchEnv)
+        known = inspect.signature(cls).parameters if native else ()
+        optional = ("training", "split", "threads")
+        kwargs = {name: value for name, value in kwargs.items() if name in known or name not in optional}
+        if native:
             check_kwargs(cls, kwargs)
-            vec = cls(num_envs=num_envs, **kwargs)
+        vec = cls(num_envs=num_envs, **kwargs) if native else GymVec(spec.id, num_envs, **kwargs)
     except (TypeError, ValueError, ImportError, OSError, gym.error.Error) as error:
         raise UserError(f"{spec.id}: {error}") from error
     if seed is not None:
@@ -66,6 +67,6 @@ def check_kwargs(cls: type, kwargs: dict) -> None:
         if name not in parameters:
             raise TypeError(f"no argument {name!r}; it has {', '.join(parameters)}")
         annotation = parameters[name].annotation
-        if not fits(value, annotation):
+        if annotation is not inspect.Parameter.empty and not fits(value, annotation):
             expected = annotation.__name__ if isinstance(annotation, type) else annotation
             raise TypeError(f"{name} must be {expected}, not {value!r}")

@@ -72,11 +72,6 @@ class ToyEnv(SingleEnv):
 gym.register("Toy-v0", f"{__name__}:ToyEnv", vector_entry_point=f"{__name__}:Toy")
 
 
-@pytest.fixture(autouse=True)
-def toy_is_ours(monkeypatch):
-    monkeypatch.setattr(envs, "OURS", (*envs.OURS, "Toy-v0"))
-
-
 @pytest.fixture(params=[None, "cpu"], ids=["numpy", "torch"])
 def device(request):
     return request.param
