@@ -18,7 +18,7 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any)
     """A vector environment with SAME_STEP autoreset, info["final_obs"] and info["episode"]: a BatchEnv, or Gymnasium's
     own in that shape. With a seed it is also reset.
 
-    `training`, `split` and `threads` are dropped where an environment does not know them, as Gymnasium's do not.
+    `training`, `split` and `threads` are dropped where an environment does not know them.
 
     Raises:
         UserError: unknown environment, unknown argument, or an argument of the wrong type or value.
@@ -35,7 +35,7 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any)
         cls = gym.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
         native = isinstance(cls, type) and issubclass(cls, BatchEnv)
         known = inspect.signature(cls).parameters if native else ()
-        optional = ("training", "split", "threads")
+        optional = ("training", "split", "threads") if native else ("training", "threads")
         kwargs = {name: value for name, value in kwargs.items() if name in known or name not in optional}
         if native:
             check_kwargs(cls, kwargs)
@@ -44,6 +44,14 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any)
         raise UserError(f"{spec.id}: {error}") from error
     if seed is not None:
         vec.reset(seed=seed)
+    return vec
+
+
+def make_training(args: Any) -> BatchEnv | GymVec:
+    """The environments to train in, with flat Boxes; a mistake in --eval-env-kwargs shows here too, not only later."""
+    make_vec(args.env_id, 1, **{**args.env_kwargs, **args.eval_env_kwargs}).close()
+    vec = make_vec(args.env_id, args.num_envs, threads=args.threads, **args.env_kwargs)
+    require_flat_box(vec)
     return vec
 
 

@@ -14,10 +14,9 @@ SPLITS = ("train", "validation", "test")
 Array = np.ndarray | torch.Tensor
 
 
-def generator(seed: int | list[int], split: str = "train") -> np.random.Generator:
-    """The random generator of one environment. The splits draw from different streams of one seed."""
-    stream = () if split == "train" else (SPLITS.index(split),)
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=stream))
+def sequence(seed: int | list[int], split: str = "train") -> np.random.SeedSequence:
+    """The random stream of one environment; the splits draw from different streams of one seed."""
+    return np.random.SeedSequence(seed, spawn_key=() if split == "train" else (SPLITS.index(split),))
 
 
 def seed_of_each(seed: int | list, num_envs: int) -> list:
@@ -107,7 +106,7 @@ class BatchEnv(gym.vector.VectorEnv):
         if seed is not None:
             seeds = seed_of_each(seed, self.num_envs)
             for i in rows:
-                self.rngs[i] = generator(seeds[i], self.split)
+                self.rngs[i] = np.random.default_rng(sequence(seeds[i], self.split))
         self._begin(rows)
         return self.observe(np.arange(self.num_envs)), {}
 
@@ -130,6 +129,8 @@ class BatchEnv(gym.vector.VectorEnv):
             rows = np.flatnonzero(done) if isinstance(done, np.ndarray) else done.nonzero().flatten()
             self._begin(rows)
             write(obs, rows, self.observe(rows))
+        if self.render_mode == "human":
+            self.render()
         return obs, reward, terminated, truncated, info
 
     def _begin(self, rows: Array) -> None:
@@ -143,7 +144,12 @@ class BatchEnv(gym.vector.VectorEnv):
         """A snapshot from which stepping continues bit for bit."""
         return {"arrays": deepcopy(self._everything()), "rngs": [rng.bit_generator.state for rng in self.rngs]}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict) -> Any:
+        """Go back to a snapshot. Returns the observation of that moment.
+
+        Raises:
+            UserError: the snapshot is from an environment of another shape.
+        """
         for name, array in self._everything().items():
             if tuple(array.shape) != tuple(state["arrays"][name].shape):
                 raise UserError(
@@ -152,6 +158,7 @@ class BatchEnv(gym.vector.VectorEnv):
             array[:] = state["arrays"][name]
         for rng, rng_state in zip(self.rngs, state["rngs"], strict=True):
             rng.bit_generator.state = rng_state
+        return self.observe(np.arange(self.num_envs))
 
 
 def write(obs: Any, rows: Array, new: Any) -> None:
@@ -209,21 +216,24 @@ def row(obs: Any, i: int) -> Any:
 class GymVec(gym.vector.VectorWrapper):
     """Gymnasium's SyncVectorEnv with the seeds, the info and the autoreset of a BatchEnv."""
 
-    def __init__(self, env_id: str, num_envs: int, **kwargs: Any):
+    def __init__(self, env_id: str, num_envs: int, split: str = "train", **kwargs: Any):
         make = [lambda: gym.make(env_id, **kwargs)] * num_envs
         super().__init__(gym.vector.SyncVectorEnv(make, autoreset_mode=AutoresetMode.SAME_STEP))
+        self.split, self.steps, self.seed = split, 0, 0
         self.episode_return, self.episode_length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
 
     def reset(self, *, seed: int | list | None = None, options: dict | None = None) -> tuple[Any, dict]:
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
         self.episode_return[mask], self.episode_length[mask] = 0, 0
         if seed is not None:  # one integer for each, as Gymnasium's environments take no other seed
-            sequences = [np.random.SeedSequence(s) for s in seed_of_each(seed, self.num_envs)]
-            seed = [int(sequence.generate_state(1)[0]) for sequence in sequences]
+            self.seed = seed if np.isscalar(seed) else 0
+            seeds = seed_of_each(seed, self.num_envs)
+            seed = [int(sequence(s, self.split).generate_state(1)[0]) for s in seeds]
         return self.env.reset(seed=seed, options=options)
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict]:
         obs, reward, terminated, truncated, info = self.env.step(actions)
+        self.steps += 1
         self.episode_return += reward
         self.episode_length += 1
         done = terminated | truncated
@@ -234,3 +244,16 @@ class GymVec(gym.vector.VectorWrapper):
             info = {"final_obs": final_obs, "_final_obs": done, "episode": episode, "_episode": done}
             self.episode_return[done], self.episode_length[done] = 0, 0
         return obs, reward, terminated, truncated, info
+
+    def state_dict(self) -> dict:
+        """Gymnasium's environments have no snapshot; this says where fresh episodes are to begin instead."""
+        return {"fresh_episodes": True, "seed": self.seed, "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> Any:
+        """Begin episodes that this seed has not played before. Returns their first observation."""
+        self.seed, self.steps = state["seed"], state["steps"]
+        obs, _ = self.reset(seed=[[self.seed, i, self.steps] for i in range(self.num_envs)])
+        return obs
+
+    def render(self) -> np.ndarray | None:
+        return self.env.envs[0].render()

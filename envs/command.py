@@ -17,19 +17,37 @@ import numpy as np
 import torch
 import tyro
 
-from envs.run import Interrupted, UserError, find_checkpoint, is_policy_path, load_checkpoint, load_policy
+from envs.run import (
+    Interrupted,
+    UserError,
+    find_checkpoint,
+    is_policy_path,
+    load_checkpoint,
+    load_policy,
+    run_folder,
+    sha256,
+)
 
 # Settings that may differ between a run and its continuation
-CONTINUING = ("resume", "total_timesteps", "run_root", "run_name", "config")
+MAY_CHANGE = ("resume", "total_timesteps", "run_root", "run_name", "config")
 # Settings that say where a run came from, where it lies and how it was watched: no later one takes them over
-PLACE = (
+NOT_INHERITED = (
     *("resume", "pretrained", "evaluate", "config", "run_root", "run_name"),
     *("track", "capture_video", "dry_run"),
 )
 # Settings of --evaluate: how it measures, what else it looks at, and what works with nothing but --evaluate
 MEASURE = ("eval_episodes", "eval_seed", "threads")
-ONLY_PLAY = ("compare_base", "json", "render")
-PLAY = (*MEASURE, *ONLY_PLAY, "evaluate", "env_id", "env_kwargs", "eval_env_kwargs", "run_root", "capture_video")
+EVALUATION_ONLY = ("compare_base", "json", "render")
+USED_BY_EVALUATE = (
+    *MEASURE,
+    *EVALUATION_ONLY,
+    "evaluate",
+    "env_id",
+    "env_kwargs",
+    "eval_env_kwargs",
+    "run_root",
+    "capture_video",
+)
 
 
 @contextlib.contextmanager
@@ -38,8 +56,6 @@ def command_line() -> Iterator[None]:
     numbers that are not finite in one line and status 1."""
 
     def interrupt(signum: int, frame: types.FrameType | None) -> None:
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, signal.SIG_IGN)  # a second one must not cut short the saving that this one begins
         raise Interrupted(signum)
 
     for s in (signal.SIGINT, signal.SIGTERM):
@@ -73,25 +89,27 @@ def parse(
         source, values = chosen.resume, load_checkpoint(find_checkpoint(chosen.resume, say=False))["args"]
         forget = ("config", "run_root", "run_name")
     elif playing and is_policy_path(chosen.evaluate):
-        source, values, forget = chosen.evaluate, load_policy(chosen.evaluate)["args"], (*PLACE, *MEASURE)
+        source, values, forget = chosen.evaluate, load_policy(chosen.evaluate)["args"], (*NOT_INHERITED, *MEASURE)
     elif chosen.config is not None:
-        source, values, forget = chosen.config, load_config(chosen.config), PLACE
+        source, values, forget = chosen.config, load_config(chosen.config), NOT_INHERITED
     else:
-        source, values, forget = "tuned settings", {}, PLACE
+        source, values, forget = "tuned settings", {}, NOT_INHERITED
     choice = [name for name, p in inspect.signature(tuned).parameters.items() if p.kind != p.VAR_KEYWORD]
     row = tuned(**{name: values.get(name, getattr(chosen, name)) for name in choice})
     values = {**asdict(row), **values}
     defaults = replace(args_from(args_class, values, source), **{name: getattr(fresh, name) for name in forget})
     args = tyro.cli(args_class, default=defaults, args=argv)
 
-    used = PLAY + (with_policy if playing and is_policy_path(args.evaluate) else ())
+    used = USED_BY_EVALUATE + (with_policy if playing and is_policy_path(args.evaluate) else ())
     if args.resume is not None and args.config is not None:
         raise UserError("--resume goes on with the settings of its run; leave --config out")
+    if args.resume is not None and args.run_name is None and args.run_root != defaults.run_root:
+        raise UserError("--resume stays in its directory; to go on in another --run-root, give a --run-name too")
     for name in changed(args, defaults):
         flag = f"--{name.replace('_', '-')}"
         if playing and name not in used:
             raise UserError(f"{flag} has no effect on --evaluate {args.evaluate}; leave it out")
-        if not playing and name in ONLY_PLAY:
+        if not playing and name in EVALUATION_ONLY:
             raise UserError(f"{flag} works only with --evaluate")
     return args
 
@@ -101,8 +119,8 @@ def changed(args: Any, other: Any) -> list[str]:
     return [field.name for field in fields(args) if getattr(args, field.name) != getattr(other, field.name)]
 
 
-def check(args: Any) -> None:
-    """What all training scripts ask of their settings.
+def checked(args: Any) -> Any:
+    """What all training scripts ask of their settings. Returns them, cut short if they ask for a dry run.
 
     Raises:
         UserError: a value that cannot work, or a package that is missing.
@@ -112,6 +130,9 @@ def check(args: Any) -> None:
         if wrong:
             raise UserError(f"--{name.replace('_', '-')} must be {must}, not {getattr(args, name)}")
 
+    if args.dry_run:
+        step = args.num_envs * args.num_steps
+        args = replace(args, total_timesteps=step, checkpoint_every=step, eval_episodes=2)
     for name in ("num_envs", "num_steps", "update_epochs", "threads", "eval_episodes", "hidden_sizes"):
         refuse(np.min(getattr(args, name), initial=1) < 1, name, "at least 1")
     for field in fields(args):
@@ -135,12 +156,15 @@ def check(args: Any) -> None:
     for name in ("env_id", "num_envs", "seed", "training", "split", "threads", "render_mode"):
         if name in args.env_kwargs or name in args.eval_env_kwargs:
             raise UserError(f"{name} is not for --env-kwargs: the script sets it; leave it out")
+    if args.render is not None and args.capture_video:
+        raise UserError("--render human and --capture-video exclude each other; leave one out")
     for wanted, flag, package, extra in (
         (args.track, "--track", "wandb", "track"),
         (args.capture_video, "--capture-video", "moviepy", "video"),
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs {package}: pip install -e '.[{extra}]'")
+    return args
 
 
 def args_from(args_class: type, values: dict, source: str) -> Any:
@@ -201,10 +225,21 @@ def load_to_resume(args: Any, last_step: int, kind: str) -> dict | None:
     checkpoint = load_checkpoint(find_checkpoint(args.resume), kind)
     before = args_from(type(args), checkpoint["args"], args.resume)
     for name in changed(args, before):
-        if name not in CONTINUING:
+        if name not in MAY_CHANGE:
             was = f"--{name.replace('_', '-')} was {getattr(before, name)!r} in {args.resume} and cannot change"
             raise UserError(f"{was}; --pretrained starts a new run from a policy")
-    if checkpoint["step"] >= last_step:
+    folder = run_folder(args.resume)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{args.resume}: no run directory (it has no config.json); --pretrained starts from a lone file"
+        )
+    # a run may have been stopped after its last step, before all its files were written
+    summary = folder / "summary.json"
+    completed = summary.exists() and json.loads(summary.read_text())["status"] == "completed"
+    if checkpoint["step"] > last_step or (checkpoint["step"] == last_step and completed):
         done = f"{args.resume} is complete at {checkpoint['step']:,} steps"
         raise UserError(f"{done}; give a larger --total-timesteps to go on")
+    for path, parent in json.loads((folder / "config.json").read_text())["parents"].items():
+        if path.endswith(".onnx") and sha256(path) != parent["sha256"]:
+            raise UserError(f"{path} is no longer the file that {args.resume} was trained on; put it back")
     return checkpoint

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import envs
-from envs.run import UserError, write_json
+from envs.run import UserError, video_path, write_json
 
 # Batched observations (N, ...) -> actions (N, A). A policy with state also has reset(rows), called as episodes begin.
 Policy = Callable[[Any], np.ndarray]
@@ -86,7 +86,7 @@ def evaluate(policy: Policy, args: Any, split: str = "test", video: Path | None 
     """
     env_kwargs = {**args.env_kwargs, **args.eval_env_kwargs}
     render_mode = args.render or ("rgb_array" if video else None)
-    rows = min(ROWS, args.eval_episodes)
+    rows = 1 if args.render else min(ROWS, args.eval_episodes)  # a window shows row 0, so let every episode be there
     vec = envs.make_vec(
         args.env_id,
         rows,
@@ -183,41 +183,30 @@ def score(result: dict) -> tuple[float, float]:
     return result["success_rate"] or 0.0, result["mean_return"]
 
 
-def report(result: dict, path: str | None = None) -> None:
-    """Print an evaluation, and the comparison in it if there is one; write both as JSON to `path` if given."""
+def measure(policy: Policy, base_policy: Policy | None, args: Any) -> dict:
+    """What --evaluate does: play the test split, with --compare-base also by the base alone, print, write --json."""
+    if args.compare_base and base_policy is None:
+        raise UserError(f"--compare-base needs a policy file or a run, and {args.evaluate} has no base; leave it out")
+    if args.json is not None and not Path(args.json).parent.is_dir():
+        raise UserError(f"--json {args.json}: no such directory; make it, or choose another")
+    result = {"policy": args.evaluate, **evaluate(policy, args, "test", video_path(args))}
+    if args.compare_base:
+        result["base"] = evaluate(base_policy, args, "test")
+        result["gain"] = paired_gain(result, result["base"])
+    report(result)
+    if args.json is not None:
+        write_json(Path(args.json), result)
+    return result
+
+
+def report(result: dict) -> None:
+    """Print an evaluation, and the comparison in it if there is one."""
     print(f"{result['policy']}: {describe(result)}")
     if "base" in result:
         gain = result["gain"]
         print(f"base alone: {describe(result['base'])}")
         interval = f"95 % interval {gain['low']:+.3f} to {gain['high']:+.3f}"
         print(f"paired gain in {gain['of']}: {gain['gain']:+.3f}, {interval}")
-    if path is not None:
-        write_json(Path(path), result)
-
-
-def episode_scalars(recent: Any) -> dict[str, float | None]:
-    """The rollout/ scalars of the last finished training episodes."""
-
-    def mean(name: str) -> float | None:
-        values = [episode[name] for episode in recent]
-        return None if not values or values[0] is None else float(np.mean(values))
-
-    names = {
-        "rollout/ep_reward": "return",
-        "rollout/ep_length": "length",
-        "rollout/success_rate_100": "success",
-    }
-    return {scalar: mean(name) for scalar, name in names.items()}
-
-
-def evaluation_scalars(evaluation: dict | None) -> dict[str, float | None]:
-    """The eval/ scalars; None where there was no evaluation."""
-    names = {
-        "eval/mean_reward": "mean_return",
-        "eval/mean_ep_length": "mean_length",
-        "eval/success_rate": "success_rate",
-    }
-    return {scalar: evaluation[name] if evaluation else None for scalar, name in names.items()}
 
 
 class Zero:

@@ -12,10 +12,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import asdict
 from datetime import datetime
@@ -41,6 +42,18 @@ class Interrupted(BaseException):
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM do nothing meanwhile (they can only be caught in the main thread)."""
+    main = threading.current_thread() is threading.main_thread()
+    held = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    try:
+        yield
+    finally:
+        for s, handler in held.items():
+            signal.signal(s, handler)
 
 
 def require_finite(what: str, x: np.ndarray, step: int) -> None:
@@ -231,6 +244,12 @@ def load_policy(path: str, kind: str | None = None) -> dict:
     return policy
 
 
+def run_folder(path: str) -> Path:
+    """The run that a file belongs to, or the run directory itself."""
+    path = Path(path).resolve()
+    return path if path.is_dir() else path.parent.parent if path.parent.name == "checkpoints" else path.parent
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """The files of a run directory from which it can be resumed."""
     return [file for name in ("checkpoints/step_*.pt", "interrupted.pt", "final.pt") for file in folder.glob(name)]
@@ -308,16 +327,13 @@ class Run:
         script: name of the training script.
         args: its Args.
         device: where the networks live.
-        resumed: the checkpoint it continues from, if any: logs are cut after its step.
-        parents: what the run starts from, {role: path}; names that are no file or run are left out.
+        resumed: the checkpoint it continues from, if any: what the directory holds beyond its step is cut off.
     """
 
-    def __init__(
-        self, script: str, args: Any, device: torch.device, resumed: dict | None, parents: dict[str, str | None]
-    ):
+    def __init__(self, script: str, args: Any, device: torch.device, resumed: dict | None):
         self.args, self.start_time, self.start_step = args, time.time(), resumed["step"] if resumed else 0
         self.snapshot: dict | None = None
-        self.fresh_episodes = resumed is not None and resumed["envs"] is None
+        self.fresh_episodes = resumed is not None and "fresh_episodes" in resumed["envs"]
         self.finished = False
         self.folder, source = self._folder(script, args)
         try:
@@ -328,24 +344,25 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.folder} cannot be made ({error.strerror}); choose another --run-root") from None
         if source is not None:
-            self._cut_logs(source)
-            self._cut_checkpoints()
+            self._cut(source, resumed)
         batch = args.num_envs * args.num_steps
         if args.total_timesteps % batch:
             whole = args.total_timesteps // batch * batch
             print(f"{whole:,} of {args.total_timesteps:,} steps: whole rollouts of {batch:,}", file=sys.stderr)
-        self.config = {
-            "script": script,
-            "env_id": args.env_id,
-            "args": asdict(args),
+        now = {
             "git_commit": git_commit(),
             "python": platform.python_version(),
             "packages": {name: version(name) for name in PACKAGES},
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
             "start_time": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "parents": {role: describe_parent(path) for role, path in parents.items() if path and Path(path).exists()},
         }
+        if source is None:
+            self.config = {"script": script, "env_id": args.env_id, **now, "parents": parents(args), "resumed": []}
+        else:  # how it began stays, how it goes on is added
+            begun = json.loads((source / "config.json").read_text())
+            self.config = {**begun, "resumed": [*begun["resumed"], {"step": self.start_step, **now}]}
+        self.config["args"] = asdict(args)
         write_json(self.folder / "config.json", self.config)
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and evaluation does without
 
@@ -354,10 +371,7 @@ class Run:
 
     def _folder(self, script: str, args: Any) -> tuple[Path, Path | None]:
         """Where the run lies, and where the run lies that it continues."""
-        source = None
-        if args.resume is not None:
-            path = Path(args.resume).resolve()
-            source = path if path.is_dir() else path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        source = run_folder(args.resume) if args.resume is not None else None
         if source is not None and args.run_name in (None, source.name):
             return source, source
         if args.run_name is not None:
@@ -369,25 +383,31 @@ class Run:
             folder = Path(args.run_root) / f"{name}-{count}"
         return folder, None
 
-    def _cut_logs(self, source: Path) -> None:
-        """Keep of the logs in `source` what the resumed checkpoint had seen; a torn last line goes too."""
+    def _cut(self, source: Path, resumed: dict) -> None:
+        """Keep of what lies in `source` only what the resumed checkpoint had seen; a torn last line goes too."""
         for name in ("evaluations.jsonl", "episodes.jsonl"):
             rows = [row for row in read_jsonl(source / name) if row["step"] <= self.start_step]
             write_whole(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
         rows = [row for row in read_progress(source / "progress.csv") if int(row["step"]) <= self.start_step]
         write_whole(self.folder / "progress.csv", csv_text(rows, header=bool(rows)).encode())
-
-    def _cut_checkpoints(self) -> None:
-        """Remove what lies past the resumed step, or a later resume would take it for this run's own."""
         for file in checkpoints_in(self.folder):
             with contextlib.suppress(UserError):
                 if load_checkpoint(file)["step"] > self.start_step:
                     file.unlink()
+        (self.folder / "summary.json").unlink(missing_ok=True)
+        if resumed["best"] is not None:
+            self.save_policy("best.pt", {**resumed, **resumed["best"]})
+        else:
+            (self.folder / "best.pt").unlink(missing_ok=True)
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        with signals_held():  # a second one must not cut short the saving that the first one began
+            self._close(error)
+
+    def _close(self, error: BaseException | None) -> None:
         if not self.finished and isinstance(error, Interrupted | KeyboardInterrupt):
             if self.snapshot is not None:
                 save(self.folder / "interrupted.pt", self.snapshot)
@@ -441,7 +461,7 @@ class Run:
         """The part of a checkpoint that is a policy file."""
         self.save(name, {key: checkpoint[key] for key in POLICY_KEYS})
 
-    def log(self, step: int, scalars: dict[str, float | None]) -> None:
+    def _log_scalars(self, step: int, scalars: dict[str, float | None]) -> None:
         """To TensorBoard, progress.csv, Weights & Biases and the status line; None where there is no figure yet."""
         sps = (step - self.start_step) / (time.time() - self.start_time)
         scalars = {**scalars, "time/sps": sps}
@@ -464,8 +484,17 @@ class Run:
         elif "eval/mean_reward" in known:  # a log file gets a line at each evaluation
             print(line, file=sys.stderr, flush=True)
 
-    def append_logs(self, step: int, episodes: list[dict], evaluation: dict | None) -> None:
-        """Lines for the training episodes that finished, and for an evaluation."""
+    def log(
+        self,
+        step: int,
+        recent: Iterable[dict],
+        episodes: list[dict],
+        scalars: dict[str, float],
+        evaluation: dict | None,
+    ) -> None:
+        """All that an iteration has to tell: the last 100 episodes, those new among them, what learning said, and the
+        evaluation if there was one."""
+        self._log_scalars(step, {**episode_scalars(recent), **scalars, **evaluation_scalars(evaluation)})
         append(self.folder / "episodes.jsonl", "".join(json.dumps(episode) + "\n" for episode in episodes))
         if evaluation is not None:
             line = {"step": step, **evaluation, "per_episode": None}
@@ -476,14 +505,39 @@ class Run:
         return self.folder / "videos" / f"step_{step:09d}.mp4" if self.args.capture_video else None
 
 
-def describe_parent(path: str) -> dict:
-    """Which file it was, and what its own run said of itself."""
-    file = policy_file(path)
-    config = file.parent / "config.json"
+def episode_scalars(recent: Iterable[dict]) -> dict[str, float | None]:
+    """The rollout/ scalars of the last finished training episodes."""
+
+    def mean(name: str) -> float | None:
+        values = [episode[name] for episode in recent]
+        return None if not values or values[0] is None else float(np.mean(values))
+
+    names = {
+        "rollout/ep_reward": "return",
+        "rollout/ep_length": "length",
+        "rollout/success_rate_100": "success",
+    }
+    return {scalar: mean(name) for scalar, name in names.items()}
+
+
+def evaluation_scalars(evaluation: dict | None) -> dict[str, float | None]:
+    """The eval/ scalars; None where there was no evaluation."""
+    names = {
+        "eval/mean_reward": "mean_return",
+        "eval/mean_ep_length": "mean_length",
+        "eval/success_rate": "success_rate",
+    }
+    return {scalar: evaluation[name] if evaluation else None for scalar, name in names.items()}
+
+
+def parents(args: Any) -> dict[str, dict]:
+    """The files a run starts from, {path: sha256 and what their own run said}: --pretrained and ONNX base policies."""
+    files = [policy_file(args.pretrained)] if args.pretrained is not None else []
+    files += [Path(part) for part in getattr(args, "base_policy", "").split(":") if part.endswith(".onnx")]
+    configs = [file.parent / "config.json" for file in files]
     return {
-        "path": str(file),
-        "sha256": sha256(file),
-        "config": json.loads(config.read_text()) if config.exists() else None,
+        str(file): {"sha256": sha256(file), "config": json.loads(config.read_text()) if config.exists() else None}
+        for file, config in zip(files, configs)
     }
 
 

@@ -1,5 +1,6 @@
 """SO101Paper-v0: an SO-101 arm drags a sheet of paper into a taped frame."""
 
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -107,8 +108,10 @@ class SO101Paper(BatchEnv):
     to 0.3 rad; friction of sheet and fingertips varies. Success: all corners inside for 5 steps in a row, which ends
     the episode with +10; every step costs 0.01; 400 steps of 1/30 s.
 
-    Training adds Phi(s') - Phi(s), Phi = -5 reach - 30 overhang - 3 |yaw| (Ng et al. 1999; not discounted, so that it
-    telescopes): reach is the distance from end effector to sheet, overhang how far the sheet sticks out of its frame.
+    Training adds Phi(s') - Phi(s) with Phi = -5 reach - 30 overhang - 3 |yaw|: reach is the distance from end effector
+    to sheet, overhang how far the sheet sticks out of its frame. Undiscounted it telescopes, but unlike
+    gamma Phi' - Phi (Ng et al. 1999) it may shift the optimum: with a negative Phi, waiting pays. Judge by success,
+    not by the training return.
 
     Idealised: the sheet is rigid and stays flat (x, y, yaw), the table's friction on it is that of its own weight and
     its limits in x, y and yaw are independent, since a finger passes its load through thin paper straight to the table,
@@ -247,9 +250,10 @@ class SO101Paper(BatchEnv):
             "potential": self.potential,
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict) -> np.ndarray:
         super().load_state_dict(state)
         self.batch.forward(stage=mujoco.mjtStage.mjSTAGE_POS)  # the end effector's position follows from the state
+        return self.observe(np.arange(self.num_envs))
 
     def render(self) -> np.ndarray | None:
         """Row 0, drawn by MuJoCo: an image (480, 640, 3) uint8, or in mode human a window."""
@@ -264,6 +268,7 @@ class SO101Paper(BatchEnv):
             self.viewed.qpos[:] = data.qpos
             mujoco.mj_forward(self.model, self.viewed)
             self.viewer.sync()
+            time.sleep(1 / self.metadata["render_fps"])
             return None
         if self.renderer is None:
             try:

@@ -73,7 +73,7 @@ def test_every_field_is_read():
 
 
 def test_every_name_listed_in_run_is_a_field():
-    for names in (command.CONTINUING, command.PLACE, command.ONLY_PLAY, command.PLAY):
+    for names in (command.MAY_CHANGE, command.NOT_INHERITED, command.EVALUATION_ONLY, command.USED_BY_EVALUATE):
         assert set(names) <= set(FIELDS)
 
 
@@ -90,7 +90,7 @@ def test_defaults():
     assert {name: getattr(args, name) for name in off} == dict.fromkeys(off)
     assert not any((args.track, args.capture_video, args.dry_run, args.compile, args.deterministic))
     assert typing.get_args(typing.get_type_hints(ppo.Args)["device"]) == ("auto", "cpu", "cuda")
-    command.check(args)
+    command.checked(args)
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_nothing_is_silently_ignored(parse):
 )
 def test_values_that_cannot_work_are_refused_by_name(change, flag):
     with pytest.raises(run.UserError, match=flag):
-        command.check(ppo.Args(**change))
+        command.checked(ppo.Args(**change))
 
 
 def imported(path):

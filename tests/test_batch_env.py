@@ -539,3 +539,18 @@ def test_fits_agrees_with_the_types_of_values(value):
     assert fits((value,), tuple[int, ...]) or kind is not int
     assert not fits(value, tuple[int, ...])
     assert not fits(value, dict[str, int])
+
+
+def test_gymnasium_splits_share_no_start():
+    starts = [envs.make_vec("Pendulum-v1", 2, seed=1, split=split).env.envs[0].unwrapped.state for split in SPLITS]
+    assert len({tuple(state) for state in starts}) == 3
+
+
+def test_a_window_sees_every_step(monkeypatch):
+    vec = Toy(2, render_mode="human")
+    drawn = []
+    monkeypatch.setattr(vec, "render", lambda: drawn.append(vec.episode_length[0]))
+    vec.reset(seed=1)
+    for _ in range(3):
+        vec.step(actions(vec, 0.0))
+    assert len(drawn) == 3

@@ -173,7 +173,18 @@ FILES = {
 @pytest.mark.parametrize("flag", ["--evaluate", "--pretrained", "--resume"])
 def test_policy_file(refused, flag, name):
     line = {"--evaluate": PLAY, "--pretrained": TRAIN, "--resume": "--total-timesteps 512 "}[flag]
-    refused(line + f"{flag} {name}", FILES[name])
+    lone = flag == "--resume" and name == "sizes.pt"  # readable, but a run goes on in its directory only
+    refused(line + f"{flag} {name}", r"sizes\.pt: no run directory .*--pretrained" if lone else FILES[name])
+
+
+def test_resuming_with_other_network_sizes(refused):
+    shutil.copy("sizes.pt", "run/checkpoints/step_000000256.pt")
+    line = "--total-timesteps 512 --resume run/checkpoints/step_000000256.pt"
+    refused(line, r"actor\.0\.weight is \(8, 25\) there and \(64, 25\) here; use")
+
+
+def test_another_run_root_without_a_name(refused):
+    refused("--total-timesteps 512 --resume run --run-root elsewhere", r"give a --run-name too")
 
 
 @pytest.mark.parametrize(
@@ -311,7 +322,7 @@ EVALUATING = {
     "--evaluate run --config good.json": r"--config has no effect on --evaluate run; leave it out",
     "--evaluate ik --eval-episodes 0": r"--eval-episodes must be at least 1, not 0",
     "--evaluate ik --env-kwargs split train": r"split is not for --env-kwargs: the script sets it",
-    "--evaluate ik --json missing/result.json": r"missing.result\.json could not be written \(No such file",
+    "--evaluate ik --json missing/result.json": r"--json missing.result\.json: no such directory; make it",
     "--evaluate run --env-id Pendulum-v1 --base-policy zero": r"a policy for SO101Paper-v0, not Pendulum-v1; .+",
 }
 

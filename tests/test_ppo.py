@@ -400,9 +400,7 @@ def test_float64_observations_train_like_any_others():
     vec.observation = lambda: single().astype(np.float64)
     args = ppo.Args(num_envs=3, num_steps=4, minibatch_size=6, update_epochs=1)
     batch, _, _ = collect(vec, agent)
-    scalars = ppo.learn(
-        agent, make_optimizer(agent, args), ppo.RewardScaler(3, 0.99), ppo.compute_gradient, args, batch, False
-    )
+    scalars = ppo.learn(agent, make_optimizer(agent, args), ppo.compute_gradient, args, batch, False)
     assert all(np.isfinite(value) for value in scalars.values())
 
 
@@ -411,9 +409,7 @@ def test_learn_gives_the_statistics_of_the_batch():
     args = ppo.Args(num_envs=3, num_steps=4, minibatch_size=12, update_epochs=1, learning_rate=0.125)
     batch, _, _ = collect(vec, agent)
     count = agent.normalizer.count.item()
-    scalars = ppo.learn(
-        agent, make_optimizer(agent, args), ppo.RewardScaler(3, 0.99), ppo.compute_gradient, args, batch, False
-    )
+    scalars = ppo.learn(agent, make_optimizer(agent, args), ppo.compute_gradient, args, batch, False)
     assert {f"train/{name}" for name in ppo.STATS} < scalars.keys()
     assert scalars["train/learning_rate"] == 0.125
     assert scalars["train/approx_kl"] == pytest.approx(0, abs=1e-6)  # the first minibatch comes before any step

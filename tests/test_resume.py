@@ -248,6 +248,45 @@ def test_sigterm_ends_a_run_that_can_be_resumed(tmp_path):
     same_runs(folder, tmp_path / "whole")
 
 
+def test_a_signal_during_the_export_leaves_a_run_that_can_be_finished(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "export_onnx", raising(run.Interrupted(signal.SIGTERM)))
+        with pytest.raises(run.Interrupted):
+            ppo.train(tiny(tmp_path / "run"))
+    folder = tmp_path / "run"
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+    ppo.train(replace(tiny(folder), resume=str(folder), run_name=None))
+    assert json.loads((folder / "summary.json").read_text())["status"] == "completed"
+    same_runs(folder, whole)
+
+
+def raising(error):
+    def function(*args, **kwargs):
+        raise error
+
+    return function
+
+
+def test_a_changed_base_policy_is_refused(whole, tmp_path):
+    folder = cut(whole, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    base = tmp_path / "base.onnx"
+    base.write_bytes(b"now")
+    then = {"sha256": hashlib.sha256(b"then").hexdigest(), "config": None}
+    (folder / "config.json").write_text(json.dumps({**config, "parents": {str(base): then}}))
+    with pytest.raises(run.UserError, match="no longer the file"):
+        ppo.train(replace(tiny(folder), resume=str(folder), run_name=None))
+
+
+def test_config_tells_how_a_run_began_and_went_on(whole, tmp_path):
+    folder = cut(whole, tmp_path / "run")
+    before = json.loads((folder / "config.json").read_text())
+    ppo.train(replace(tiny(folder), resume=str(folder), run_name=None))
+    after = json.loads((folder / "config.json").read_text())
+    assert after["start_time"] == before["start_time"]
+    assert [part["step"] for part in after["resumed"]] == [HALF]
+
+
 def test_torn_last_lines_are_cut(whole, tmp_path):
     folder = cut(whole, tmp_path / "run")
     for name, ahead in (
@@ -315,7 +354,7 @@ def test_the_seed_decides_everything(tmp_path):
 def test_training_does_not_depend_on_how_it_is_watched(whole, tmp_path):
     ppo.train(tiny(tmp_path / "run", eval_every=64, eval_episodes=3, checkpoint_every=0, eval_seed=7))
     ours, theirs = run.load(tmp_path / "run/final.pt"), run.load(whole / "final.pt")
-    for name in ("agent", "optimizer", "reward_scaler", "envs", "rng", "obs"):
+    for name in ("agent", "optimizer", "reward_scaler", "envs", "rng"):
         same(ours[name], theirs[name], name)
 
 
@@ -387,8 +426,8 @@ class StopHereError(Exception):
 def test_pretrained_is_the_policy_with_a_fresh_optimiser(whole, tmp_path, monkeypatch):
     seen = {}
 
-    def look(agent, optimizer, scaler, *args, **kwargs):
-        seen.update(agent=agent.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    def look(agent, optimizer, *args, **kwargs):
+        seen.update(agent=agent.state_dict(), optimizer=optimizer.state_dict())
         raise StopHereError
 
     monkeypatch.setattr(ppo, "learn", look)
@@ -398,9 +437,11 @@ def test_pretrained_is_the_policy_with_a_fresh_optimiser(whole, tmp_path, monkey
     same(dict(seen["agent"]), dict(best["agent"]))
     assert seen["agent"]["normalizer.count"] == best["step"]
     assert seen["optimizer"]["state"] == {}
-    assert seen["scaler"]["stats.count"] == 0
     config = json.loads((tmp_path / "run/config.json").read_text())
-    assert config["parents"]["pretrained"]["sha256"] == hashlib.sha256((whole / "best.pt").read_bytes()).hexdigest()
+    assert (
+        config["parents"][str(whole / "best.pt")]["sha256"]
+        == hashlib.sha256((whole / "best.pt").read_bytes()).hexdigest()
+    )
 
 
 def test_resuming_does_not_need_the_policy_that_the_run_started_from(whole, tmp_path):

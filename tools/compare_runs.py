@@ -42,7 +42,7 @@ def read_run(path: str) -> dict:
 def table(runs: list[dict]) -> str:
     """One row a run, and one for the mean."""
     columns = {
-        "seed": lambda run: run["config"]["args"]["seed"],
+        "seed": lambda run: str(run["config"]["args"]["seed"]),
         "steps": lambda run: run["summary"]["steps"],
         "best at": lambda run: run["summary"]["best"]["step"],
         "test success": lambda run: run["test"]["success_rate"],
@@ -75,9 +75,7 @@ def origin(runs: list[dict]) -> str:
     """Commit, versions and hardware, from the first run; a warning if another run differs."""
     first = runs[0]["config"]
     packages = ", ".join(f"{name} {version}" for name, version in first["packages"].items())
-    text = (
-        f"commit {(first['git_commit'] or 'unknown')[:12]}; {first['hardware']}; Python {first['python']}, {packages}"
-    )
+    text = f"commit {(first['git_commit'] or 'unknown')}; {first['hardware']}; Python {first['python']}, {packages}"
     differ = [run for run in runs if any(run["config"][k] != first[k] for k in ("git_commit", "hardware", "packages"))]
     return text + (f" (not the same for {len(differ)} of {len(runs)} runs)" if differ else "")
 
