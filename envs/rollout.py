@@ -11,7 +11,7 @@ from envs.run import UserError, video_path, write_json
 
 # Batched observations (N, ...) -> actions (N, A). A policy with state also has reset(rows), called as episodes begin.
 Policy = Callable[[Any], np.ndarray]
-ROWS = 64  # environments that an evaluation steps together; its result does not depend on it
+ROWS = 24  # environments that an evaluation steps together; more would stand idle while the last episodes end
 
 
 def rollout(policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callable | None = None) -> list[dict]:
