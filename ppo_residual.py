@@ -22,7 +22,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from math import log, pi, sqrt
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -146,7 +146,7 @@ class Args:
     """with --evaluate: watch it in a window"""
 
     @classmethod
-    def tuned(cls, base_policy: str = "ik", **overrides) -> "Args":
+    def tuned(cls, base_policy: str = "ik", **overrides: Any) -> "Args":
         """The settings tuned for a base policy, as the command line takes them; overrides win."""
         return cls(**{"base_policy": base_policy, **TUNED.get(base_policy, {}), **overrides})
 

@@ -60,15 +60,19 @@ def table(runs: list[dict]) -> str:
                 rows[-1].append(value(run))
             except (KeyError, TypeError):  # a figure that this run or task does not have
                 rows[-1].append(None)
-    means = ["mean", *(np.mean(c) if None not in c else None for c in list(zip(*rows))[1:])]
-    lines = [list(columns), ["---"] * len(columns), *([show(x) for x in row] for row in [*rows, means])]
+    kept = [(name, values) for name, values in zip(columns, zip(*rows)) if any(x is not None for x in values)]
+    means = ["mean", *(np.mean(values) if None not in values else None for _, values in kept[1:])]
+    rows = [*zip(*(values for _, values in kept)), means]
+    lines = [[name for name, _ in kept], ["---"] * len(kept), *([show(x) for x in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def show(x: object) -> str:
     if x is None:
         return "-"
-    return f"{x:.3f}" if isinstance(x, float) and abs(x) < 10 else f"{x:,.0f}" if not isinstance(x, str) else x
+    if isinstance(x, str):
+        return x
+    return f"{x:.3f}" if isinstance(x, float) and abs(x) < 10 else f"{x:.1f}" if abs(x) < 100 else f"{x:,.0f}"
 
 
 def origin(runs: list[dict]) -> str:
