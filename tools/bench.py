@@ -1,4 +1,4 @@
-"""Measure the environments: steps per second and memory, under a trained policy where there is one.
+"""Measure steps per second of the environments under a trained policy, and the memory of a training run.
 
 python tools/bench.py envs                       8, 16, 64, 256 simulations, one thread
 python tools/bench.py envs --threads 2 --policy runs/<run>
@@ -8,6 +8,7 @@ python tools/bench.py memory                     resident memory of a training r
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,16 +83,17 @@ def bench_envs(args: Args) -> None:
 
 
 def bench_memory() -> None:
-    script = Path(ppo_residual.__file__)
-    command = [sys.executable, str(script), "--run-root", "runs/bench", "--total-timesteps", "20480"]
-    subprocess.run(command, check=True, capture_output=True)
+    with tempfile.TemporaryDirectory() as folder:
+        line = [sys.executable, ppo_residual.__file__, "--run-root", folder, "--total-timesteps", "20480"]
+        subprocess.run(line, check=True, capture_output=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"ppo_residual.py, 20,480 steps with evaluations and export: {peak:,.0f} MB resident at most")
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    bench_envs(args) if args.what == "envs" else bench_memory()
+    with command.command_line():
+        args = tyro.cli(Args, description=__doc__)
+        bench_envs(args) if args.what == "envs" else bench_memory()
 
 
 if __name__ == "__main__":
