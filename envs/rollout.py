@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import envs
 from envs.run import UserError, video_path, write_json
@@ -34,14 +35,10 @@ def rollout(policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callabl
         policy.reset(np.arange(vec.num_envs))
     while missing:
         action = policy(obs)
-        if not np.isfinite(action).all():
-            raise FloatingPointError(
-                f"the policy's action is not finite in episode {playing[~np.isfinite(action).all(1)][0]}"
-            )
+        require_finite("action", action, playing)
         obs, reward, terminated, truncated, info = vec.step(action)
-        if not np.isfinite(reward).all():
-            raise FloatingPointError(f"the reward is not finite in episode {playing[~np.isfinite(reward)][0]}")
-        done = terminated | truncated
+        require_finite("reward", reward, playing)
+        done = as_numpy(terminated | truncated)
         if on_step is not None:
             on_step(done)
         if not done.any():
@@ -57,6 +54,18 @@ def rollout(policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callabl
             if hasattr(policy, "reset"):
                 policy.reset(np.flatnonzero(done))
     return results
+
+
+def as_numpy(x: Any) -> np.ndarray:
+    """An array, or a tensor on whatever device, as a numpy array."""
+    return x.cpu().numpy() if torch.is_tensor(x) else x
+
+
+def require_finite(what: str, x: Any, playing: np.ndarray) -> None:
+    """Raises FloatingPointError, naming the episode, unless all of x (N, ...) is finite."""
+    finite = np.isfinite(as_numpy(x)).reshape(len(playing), -1).all(1)
+    if not finite.all():
+        raise FloatingPointError(f"the policy's {what} is not finite in episode {playing[~finite][0]}")
 
 
 def episode_result(info: dict, i: int) -> dict:
