@@ -137,7 +137,7 @@ class Args:
     """one rollout, one update, one evaluation of two episodes, all files"""
 
     evaluate: str | None = None
-    """no training: measure a policy file, a run (its best.pt) or a scripted controller (zero, ik) on the test split"""
+    """no training: measure a policy file, a run (its best.pt), zero, ik or PATH.onnx on the test split"""
     compare_base: bool = False
     """with --evaluate: also play the same episodes with the base policy alone"""
     json: str | None = None

@@ -66,7 +66,7 @@ def command_line() -> Iterator[None]:
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Interrupted as interrupted:
-        print(f"\n{interrupted}: stopped", file=sys.stderr)
+        print(f"{interrupted}: stopped", file=sys.stderr)
         sys.exit(128 + interrupted.signum)
 
 
@@ -98,7 +98,7 @@ def parse(
     row = tuned(**{name: values.get(name, getattr(chosen, name)) for name in choice})
     values = {**asdict(row), **values}
     defaults = replace(args_from(args_class, values, source), **{name: getattr(fresh, name) for name in forget})
-    args = tyro.cli(args_class, default=defaults, args=argv)
+    args = tyro.cli(args_class, default=defaults, args=argv, description=sys.modules[args_class.__module__].__doc__)
 
     used = USED_BY_EVALUATE + (with_policy if playing and is_policy_path(args.evaluate) else ())
     if args.resume is not None and args.config is not None:

@@ -1,5 +1,6 @@
 """Play a policy and measure it: evaluation, comparison, video. And policies to play: scripted, ONNX, blends."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 import envs
-from envs.run import UserError, video_path, write_json
+from envs.run import UserError, is_policy_path, policy_file, sha256, video_path, write_json
 
 # Batched observations (N, ...) -> actions (N, A). A policy with state also has reset(rows), called as episodes begin.
 Policy = Callable[[Any], np.ndarray]
@@ -136,6 +137,7 @@ class Film:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fps = self.vec.metadata.get("render_fps", 30)
         self.clip(self.frames, fps=fps).write_videofile(str(self.path), logger=None)
+        print(f"recorded {self.path}", file=sys.stderr)
         self.frames = None
 
 
@@ -198,7 +200,9 @@ def measure(policy: Policy, base_policy: Policy | None, args: Any) -> dict:
         raise UserError(f"--compare-base needs a policy file or a run, and {args.evaluate} has no base; leave it out")
     if args.json is not None and not Path(args.json).parent.is_dir():
         raise UserError(f"--json {args.json}: no such directory; make it, or choose another")
-    result = {"policy": args.evaluate, **evaluate(policy, args, "test", video_path(args))}
+    learned = is_policy_path(args.evaluate)
+    file = {"sha256": sha256(policy_file(args.evaluate))} if learned else {}
+    result = {"policy": args.evaluate, **file, **evaluate(policy, args, "test", video_path(args))}
     if args.compare_base:
         result["base"] = evaluate(base_policy, args, "test")
         result["gain"] = paired_gain(result, result["base"])

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+import netrc
 import os
 import platform
 import shutil
@@ -364,6 +365,7 @@ class Run:
             self.config = {**begun, "resumed": [*begun["resumed"], {"step": self.start_step, **now}]}
         self.config["args"] = asdict(args)
         write_json(self.folder / "config.json", self.config)
+        print(self.folder, file=sys.stderr)
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and evaluation does without
 
         self.writer = SummaryWriter(self.folder, purge_step=self.start_step + 1 if resumed else None)
@@ -411,7 +413,9 @@ class Run:
         if not self.finished and isinstance(error, Interrupted | KeyboardInterrupt):
             if self.snapshot is not None:
                 save(self.folder / "interrupted.pt", self.snapshot)
-            self.summarize("interrupted", self.snapshot["step"] if self.snapshot else self.start_step)
+            step = self.snapshot["step"] if self.snapshot else self.start_step
+            self.summarize("interrupted", step)
+            print(f"\nstopped at step {step:,}; to go on: --resume {self.folder}", file=sys.stderr)
         elif not self.finished and error is not None:
             with contextlib.suppress(UserError):  # such as a full disk: the error itself is what the user must see
                 self.summarize("failed", self.snapshot["step"] if self.snapshot else self.start_step, error=str(error))
@@ -562,8 +566,14 @@ def start_wandb(run: Run) -> Any:
     """Weights & Biases; without a login it logs offline into the run directory."""
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-    return wandb.init(project="robot-ppo", name=run.folder.name, dir=run.folder, config=run.config, mode=mode)
+    login = None
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        login = netrc.netrc().authenticators("api.wandb.ai")
+    known = "WANDB_API_KEY" in os.environ or login is not None
+    mode = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
+    quiet = wandb.Settings(quiet=True)
+    about = {"project": "robot-ppo", "name": run.folder.name, "dir": run.folder, "config": run.config}
+    return wandb.init(**about, mode=mode, settings=quiet)
 
 
 def git_commit() -> str | None:

@@ -1,6 +1,8 @@
 """SO101Paper-v0: an SO-101 arm drags a sheet of paper into a taped frame."""
 
+import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -261,10 +263,8 @@ class SO101Paper(BatchEnv):
         mujoco.mj_forward(self.model, data)
         if self.render_mode == "human":
             if self.viewer is None:
-                from mujoco import viewer
-
                 self.viewed = data
-                self.viewer = viewer.launch_passive(self.model, self.viewed)
+                self._open_window()
             self.viewed.qpos[:] = data.qpos
             mujoco.mj_forward(self.model, self.viewed)
             self.viewer.sync()
@@ -272,16 +272,32 @@ class SO101Paper(BatchEnv):
             return None
         if self.renderer is None:
             try:
-                self.renderer = mujoco.Renderer(self.model, 480, 640)
+                with warnings.catch_warnings(action="ignore"):
+                    self.renderer = mujoco.Renderer(self.model, 480, 640)
             except Exception as error:  # each OpenGL backend has its own
                 raise UserError("MuJoCo found no OpenGL; on a machine without a screen set MUJOCO_GL=egl") from error
         self.renderer.update_scene(data, camera="table")
         return self.renderer.render()
 
+    def _open_window(self) -> None:
+        """MuJoCo's viewer, which draws in threads of its own."""
+        import glfw
+        from mujoco import viewer
+
+        with warnings.catch_warnings(action="ignore"):
+            if not glfw.init():
+                raise UserError("no display for a window; --capture-video with MUJOCO_GL=egl needs none")
+        before = set(threading.enumerate())
+        self.viewer = viewer.launch_passive(self.model, self.viewed)
+        self.viewer_threads = set(threading.enumerate()) - before
+
     def close_extras(self, **kwargs: Any) -> None:
-        for window in (self.renderer, self.viewer):
-            if window is not None:
-                window.close()
+        if self.renderer is not None:
+            self.renderer.close()
+        if self.viewer is not None:
+            self.viewer.close()
+            for thread in self.viewer_threads:  # close() only asks them to end, and Python may not end before them
+                thread.join(timeout=5)
         self.renderer = self.viewer = None
 
 

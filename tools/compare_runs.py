@@ -25,7 +25,7 @@ class Args:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """run directories"""
     png: str | None = None
-    """where to draw the learning curves: mean over the runs, shaded from the lowest to the highest"""
+    """where to draw the learning curves, over the steps that all runs have: mean, shaded from lowest to highest"""
 
 
 def read_run(path: str) -> dict:
@@ -35,6 +35,9 @@ def read_run(path: str) -> dict:
         raise UserError(f"{path}: not a finished run (it has no summary.json)")
     files = {name: folder / f"{name}.json" for name in ("config", "summary", "test")}
     run = {name: json.loads(file.read_text()) if file.exists() else None for name, file in files.items()}
+    if run["test"] is not None and run["test"].get("sha256") != run["summary"]["sha256"]["best.pt"]:
+        print(f"{path}: test.json is of another best.pt; evaluate again", file=sys.stderr)
+        run["test"] = None
     progress, evaluations = read_progress(folder / "progress.csv"), read_jsonl(folder / "evaluations.jsonl")
     return {**run, "progress": progress, "evaluations": evaluations}
 
@@ -50,7 +53,8 @@ def table(runs: list[dict]) -> str:
         "paired gain": lambda run: run["test"]["gain"]["gain"],
         "yaw error": lambda run: run["test"]["metrics"]["yaw_error"],
         "base yaw error": lambda run: run["test"]["base"]["metrics"]["yaw_error"],
-        "wall time (s)": lambda run: run["summary"]["wall_time_s"],
+        # that of a resumed run is of its last part only
+        "wall time (s)": lambda run: None if run["config"]["resumed"] else run["summary"]["wall_time_s"],
     }
     rows = []
     for run in runs:
@@ -101,6 +105,8 @@ def draw(runs: list[dict], path: str) -> None:
         evaluation = [{row["step"]: row[name] for row in run["evaluations"]} for run in runs]
         for curves, label, colour in ((training, "training", "tab:grey"), (evaluation, "evaluation", "tab:blue")):
             steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            if not steps:  # nothing that all runs have
+                continue
             values = np.array([[curve[step] for step in steps] for curve in curves])
             axis.plot(steps, values.mean(0), color=colour, label=label, marker="o" if label == "evaluation" else None)
             axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
