@@ -71,10 +71,7 @@ def command_line() -> Iterator[None]:
 
 
 def parse(
-    args_class: type,
-    tuned: Callable[..., Any],
-    with_policy: tuple[str, ...] = (),
-    argv: list[str] | None = None,
+    args_class: type, tuned: Callable[..., Any], with_policy: tuple[str, ...] = (), argv: list[str] | None = None
 ) -> Any:
     """The command line as an Args. What it leaves out comes from the run to resume, the policy to evaluate or the
     --config file, or else from the settings tuned for the chosen task; --help shows the values in force.

@@ -98,25 +98,14 @@ def evaluate(policy: Policy, args: Any, split: str = "test", video: Path | None 
     render_mode = args.render or ("rgb_array" if video else None)
     rows = 1 if args.render else min(ROWS, args.eval_episodes)  # a window shows row 0, so let every episode be there
     vec = envs.make_vec(
-        args.env_id,
-        rows,
-        training=False,
-        split=split,
-        threads=args.threads,
-        render_mode=render_mode,
-        **env_kwargs,
+        args.env_id, rows, training=False, split=split, threads=args.threads, render_mode=render_mode, **env_kwargs
     )
     try:
         film = Film(vec, video) if video else None
         results = rollout(policy, vec, args.eval_episodes, args.eval_seed, film)
     finally:
         vec.close()
-    about = {
-        "env_id": args.env_id,
-        "env_kwargs": env_kwargs,
-        "episodes": len(results),
-        "seed": args.eval_seed,
-    }
+    about = {"env_id": args.env_id, "env_kwargs": env_kwargs, "episodes": len(results), "seed": args.eval_seed}
     return {**about, **summarize(results)}
 
 
@@ -164,10 +153,7 @@ def summarize(results: list[dict]) -> dict:
 
 def describe(result: dict) -> str:
     """An evaluation in one line."""
-    parts = [
-        f"return {result['mean_return']:.2f} +- {result['std_return']:.2f}",
-        f"length {result['mean_length']:.1f}",
-    ]
+    parts = [f"return {result['mean_return']:.2f} +- {result['std_return']:.2f}", f"length {result['mean_length']:.1f}"]
     for name in ("success_rate", "failure_rate"):
         if result[name] is not None:
             parts.append(f"{name.replace('_', ' ')} {result[name]:.3f}")

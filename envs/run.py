@@ -102,10 +102,7 @@ def compiled(function: Callable) -> Callable:
 
 def rng_state() -> dict:
     """PyTorch's random generators."""
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
 def set_rng_state(state: dict) -> None:
@@ -516,11 +513,7 @@ def episode_scalars(recent: Iterable[dict]) -> dict[str, float | None]:
         values = [episode[name] for episode in recent]
         return None if not values or values[0] is None else float(np.mean(values))
 
-    names = {
-        "rollout/ep_reward": "return",
-        "rollout/ep_length": "length",
-        "rollout/success_rate_100": "success",
-    }
+    names = {"rollout/ep_reward": "return", "rollout/ep_length": "length", "rollout/success_rate_100": "success"}
     return {scalar: mean(name) for scalar, name in names.items()}
 
 
