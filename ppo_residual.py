@@ -309,7 +309,7 @@ def gae(
 
     next_value[t] is V of the state that action t led to, also at the end of an episode: a time limit bootstraps like
     any other step, and only a terminal state is worth zero."""
-    # delta_t = r_t + gamma V(s_t+1) - V(s_t)
+    # delta_t = r_t + gamma V(s_t+1) - V(s_t), with V = 0 after a terminal state
     delta = reward + gamma * next_value * ~terminated - value
     # A_t = delta_t + gamma lambda A_t+1, cut where the episode ended
     decay = gamma * gae_lambda * (~done).to(delta)
@@ -326,6 +326,7 @@ def ppo_loss(agent: Agent, args: Args, critic_only: bool, *minibatch: Tensor) ->
     """The loss of one minibatch, and the statistics named in STATS. With critic_only it is the critic's part alone."""
     obs, action, old_logprob, advantage, target, old_value = minibatch
     logprob, entropy, value = agent.evaluate_actions(obs, action)
+    # r = pi(a | s) / pi_old(a | s)
     log_ratio = logprob - old_logprob
     ratio = log_ratio.exp()
 
@@ -335,12 +336,14 @@ def ppo_loss(agent: Agent, args: Args, critic_only: bool, *minibatch: Tensor) ->
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(advantage * ratio, advantage * clipped_ratio).mean()
 
+    # L_value = E[(V - target)^2] / 2; with clipping the larger of the errors with V and with V kept near its old value
     value_error = (value - target).square()
     if args.clip_value:
         clipped_value = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
         value_error = torch.max(value_error, (clipped_value - target).square())
     value_loss = 0.5 * value_error.mean()
 
+    # L = L_policy + c_v L_value - c_e H[pi]
     loss = args.vf_coef * value_loss
     if not critic_only:
         loss = loss + policy_loss - args.ent_coef * entropy
