@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import inspect
-import json
 import signal
 import sys
 import types
@@ -24,6 +23,7 @@ from envs.run import (
     is_policy_path,
     load_checkpoint,
     load_policy,
+    read_json,
     run_folder,
     sha256,
 )
@@ -200,15 +200,11 @@ def fits(value: Any, annotation: Any) -> bool:
 
 def load_config(path: str) -> dict:
     """The settings in a JSON file: a run's config.json, or one written by hand such as {"learning_rate": 0.001}."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; --config takes a run's config.json or {{'setting': value}} in JSON")
-    try:
-        content = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("args", content), dict):
+    content = read_json(Path(path))
+    settings = content.get("args", content)
+    if not isinstance(settings, dict):
         raise UserError(f"{path}: must hold one JSON object of settings, such as {{'learning_rate': 0.001}}")
-    return content.get("args", content)
+    return settings
 
 
 def load_to_resume(args: Any, last_step: int, kind: str) -> dict | None:
@@ -232,11 +228,11 @@ def load_to_resume(args: Any, last_step: int, kind: str) -> dict | None:
         )
     # a run may have been stopped after its last step, before all its files were written
     summary = folder / "summary.json"
-    completed = summary.exists() and json.loads(summary.read_text())["status"] == "completed"
+    completed = summary.exists() and read_json(summary).get("status") == "completed"
     if checkpoint["step"] > last_step or (checkpoint["step"] == last_step and completed):
         done = f"{args.resume} is complete at {checkpoint['step']:,} steps"
         raise UserError(f"{done}; give a larger --total-timesteps to go on")
-    for path, parent in json.loads((folder / "config.json").read_text())["parents"].items():
-        if path.endswith(".onnx") and sha256(path) != parent["sha256"]:
+    for path, parent in read_json(folder / "config.json").get("parents", {}).items():
+        if path.endswith(".onnx") and Path(path).is_file() and sha256(path) != parent["sha256"]:
             raise UserError(f"{path} is no longer the file that {args.resume} was trained on; put it back")
     return checkpoint

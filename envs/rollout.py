@@ -36,9 +36,9 @@ def rollout(policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callabl
         policy.reset(np.arange(vec.num_envs))
     while missing:
         action = policy(obs)
-        require_finite("action", action, playing)
+        require_finite_episodes("action", action, playing)
         obs, reward, terminated, truncated, info = vec.step(action)
-        require_finite("reward", reward, playing)
+        require_finite_episodes("reward", reward, playing)
         done = as_numpy(terminated | truncated)
         if on_step is not None:
             on_step(done)
@@ -62,11 +62,11 @@ def as_numpy(x: Any) -> np.ndarray:
     return x.cpu().numpy() if torch.is_tensor(x) else x
 
 
-def require_finite(what: str, x: Any, playing: np.ndarray) -> None:
-    """Raises FloatingPointError, naming the episode, unless all of x (N, ...) is finite."""
+def require_finite_episodes(what: str, x: Any, playing: np.ndarray) -> None:
+    """Raises FloatingPointError, naming the episode that a row plays, unless all of x (N, ...) is finite."""
     finite = np.isfinite(as_numpy(x)).reshape(len(playing), -1).all(1)
     if not finite.all():
-        raise FloatingPointError(f"the policy's {what} is not finite in episode {playing[~finite][0]}")
+        raise FloatingPointError(f"the {what} is not finite in episode {playing[~finite][0]}")
 
 
 def episode_result(info: dict, i: int) -> dict:

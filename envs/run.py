@@ -161,6 +161,23 @@ def write_json(path: Path, content: dict) -> None:
     write_whole(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
+def read_json(path: Path) -> dict:
+    """A JSON file that holds one object.
+
+    Raises:
+        UserError: it is missing or holds something else.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; give a JSON file such as a run's config.json")
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); mend it or use another") from None
+    if not isinstance(content, dict):
+        raise UserError(f'{path}: must hold one JSON object, such as {{"learning_rate": 0.001}}')
+    return content
+
+
 def save(path: Path, content: dict) -> None:
     """A dict of tensors, arrays and plain values, in torch's format."""
     buffer = io.BytesIO()
@@ -358,8 +375,8 @@ class Run:
         if source is None:
             self.config = {"script": script, "env_id": args.env_id, **now, "parents": parents(args), "resumed": []}
         else:  # how it began stays, how it goes on is added
-            begun = json.loads((source / "config.json").read_text())
-            self.config = {**begun, "resumed": [*begun["resumed"], {"step": self.start_step, **now}]}
+            begun = read_json(source / "config.json")
+            self.config = {**begun, "resumed": [*begun.get("resumed", []), {"step": self.start_step, **now}]}
         self.config["args"] = asdict(args)
         write_json(self.folder / "config.json", self.config)
         print(self.folder, file=sys.stderr)
@@ -446,7 +463,7 @@ class Run:
             "wall_time_s": round(wall, 2),
             "steps_per_second": round((step - self.start_step) / wall, 1),
             **figures,
-            "parents": self.config["parents"],
+            "parents": self.config.get("parents", {}),
             "sha256": {
                 str(file.relative_to(self.folder)): sha256(file)
                 for file in sorted([*self.folder.rglob("*.pt"), *self.folder.glob("*.onnx")])
@@ -533,7 +550,7 @@ def parents(args: Any) -> dict[str, dict]:
     files += [Path(part) for part in getattr(args, "base_policy", "").split(":") if part.endswith(".onnx")]
     configs = [file.parent / "config.json" for file in files]
     return {
-        str(file): {"sha256": sha256(file), "config": json.loads(config.read_text()) if config.exists() else None}
+        str(file): {"sha256": sha256(file), "config": read_json(config) if config.exists() else None}
         for file, config in zip(files, configs)
     }
 

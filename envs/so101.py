@@ -127,7 +127,7 @@ class SO101Paper(BatchEnv):
         threads: CPU threads of the simulator; the result does not depend on it.
 
     Raises:
-        ValueError: frame_margin is not above 0, or threads below 1.
+        ValueError: frame_margin is not between 0 and 1, or threads is below 1.
     """
 
     metadata: ClassVar = {**BatchEnv.metadata, "render_fps": 30}
@@ -181,7 +181,7 @@ class SO101Paper(BatchEnv):
         self.qpos[rows, ARM], self.target[rows] = READY, self.ready_target
         self.batch.forward(rows, stage=mujoco.mjtStage.mjSTAGE_POS)
         self.steps_inside[rows] = 0
-        self.potential[rows] = self._potential()[rows]
+        self.potential[rows] = self._potential(self._overhang())[rows]
 
     def advance(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         joints = self.qpos[:, ARM]
@@ -190,12 +190,12 @@ class SO101Paper(BatchEnv):
         # stage: also compute the positions of the state reached, where mj_step leaves them one substep behind
         self.batch.step(nstep=SUBSTEPS, stage=mujoco.mjtStage.mjSTAGE_POS)
 
-        inside = (self._overhang() <= 0).all(1)
-        self.steps_inside[:] = np.where(inside, self.steps_inside + 1, 0)
+        overhang = self._overhang()
+        self.steps_inside[:] = np.where((overhang <= 0).all(1), self.steps_inside + 1, 0)
         success = self.steps_inside >= HOLD_STEPS
         reward = 10.0 * success - 0.01
         if self.training:
-            potential = self._potential()
+            potential = self._potential(overhang)
             reward += potential - self.potential
             self.potential[:] = potential
 
@@ -218,11 +218,10 @@ class SO101Paper(BatchEnv):
         (a, b), offset = HALF_SHEET, np.abs(self.qpos[:, 6:8] - GOAL)
         return np.stack([a * c + b * s, a * s + b * c], axis=1) + offset - self.half_frame
 
-    def _potential(self) -> np.ndarray:
+    def _potential(self, overhang: np.ndarray) -> np.ndarray:
         """Phi of the training reward, (N,)."""
         reach = np.sqrt(np.square(self.tip[:, :2] - self.qpos[:, 6:8]).sum(1) + np.square(self.tip[:, 2]))
-        overhang = np.maximum(self._overhang(), 0).sum(1)
-        return -5 * reach - 30 * overhang - 3 * np.abs(self.qpos[:, 8])
+        return -5 * reach - 30 * np.maximum(overhang, 0).sum(1) - 3 * np.abs(self.qpos[:, 8])
 
     def _gravity_torque(self, joints: np.ndarray) -> np.ndarray:
         """Torque that holds the arm at rest, (6,), N m."""

@@ -79,6 +79,6 @@ def test_the_residual_brings_the_sheet_into_the_frame(tmp_path, seed):
     summary = ppo.train(args)
     result = ppo.evaluate(ppo.Args(evaluate=summary["run"], compare_base=True, eval_episodes=200, eval_seed=31))
     assert result["success_rate"] >= 0.9
-    assert 0.45 <= result["base"]["success_rate"] <= 0.68
-    assert result["gain"]["gain"] >= 0.25
+    assert 0.45 <= result["base"]["success_rate"] <= 0.65
+    assert result["gain"]["gain"] >= 0.3
     assert result["metrics"]["yaw_error"] < result["base"]["metrics"]["yaw_error"]

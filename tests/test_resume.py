@@ -278,6 +278,14 @@ def test_a_changed_base_policy_is_refused(whole, tmp_path):
         ppo.train(replace(tiny(folder), resume=str(folder), run_name=None))
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_a_damaged_config_is_refused(whole, tmp_path, content):
+    folder = cut(whole, tmp_path / "run")
+    (folder / "config.json").write_text(content)
+    with pytest.raises(run.UserError, match=r"config\.json: (not JSON|must hold one JSON object)"):
+        ppo.train(replace(tiny(folder), resume=str(folder), run_name=None))
+
+
 def test_config_tells_how_a_run_began_and_went_on(whole, tmp_path):
     folder = cut(whole, tmp_path / "run")
     before = json.loads((folder / "config.json").read_text())

@@ -1,8 +1,10 @@
 """Measure steps per second of the environments under a trained policy, and the memory of a training run.
 
-python tools/bench.py envs                       8, 16, 64, 256 simulations, one thread
-python tools/bench.py envs --threads 2 --policy runs/<run>
-python tools/bench.py memory                     resident memory of a training run
+    python tools/bench.py envs                       8, 16, 64, 256 simulations, one thread
+    python tools/bench.py envs --threads 2 --policy runs/<run>
+    python tools/bench.py memory                     resident memory of a training run
+
+The figures are wall clock: leave the machine to the benchmark.
 """
 
 import resource

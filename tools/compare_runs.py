@@ -6,7 +6,6 @@
 A run's test figures are those of `--evaluate runs/<run> --json runs/<run>/test.json`.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from envs.command import command_line
-from envs.run import UserError, read_jsonl, read_progress
+from envs.run import UserError, read_json, read_jsonl, read_progress
 
 
 @dataclass
@@ -34,7 +33,7 @@ def read_run(path: str) -> dict:
     if not (folder / "summary.json").is_file():
         raise UserError(f"{path}: not a finished run (it has no summary.json)")
     files = {name: folder / f"{name}.json" for name in ("config", "summary", "test")}
-    run = {name: json.loads(file.read_text()) if file.exists() else None for name, file in files.items()}
+    run = {name: read_json(file) if file.exists() else None for name, file in files.items()}
     if run["test"] is not None and run["test"].get("sha256") != run["summary"]["sha256"]["best.pt"]:
         print(f"{path}: test.json is of another best.pt; evaluate again", file=sys.stderr)
         run["test"] = None
