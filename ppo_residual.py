@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 
 import envs
 from envs import command, rollout, run
-from envs.rollout import Policy
+from envs.rollout import Deployed, Policy
 from envs.run import require_finite
 
 
@@ -95,8 +95,12 @@ class Args:
     """divide rewards by the running standard deviation of the discounted return"""
     norm_adv: bool = True
     """normalise advantages within each minibatch"""
+    group_size: int = 1
+    """environments in the same situation, whose mean advantage is subtracted; 1 for none"""
     init_log_std: float = -0.5
     """logarithm of the initial standard deviation of the policy"""
+    final_log_std: float | None = None
+    """move the log standard deviation linearly to this over the run, instead of learning it"""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """units in the hidden layers of actor and critic"""
     critic_warmup: int = 0
@@ -221,12 +225,20 @@ class Agent(nn.Module):
         self.actor = mlp([obs_dim, *args.hidden_sizes, len(low)], gain=0.01)  # starts near zero
         self.critic = mlp([obs_dim, *args.hidden_sizes, 1], gain=1.0)
         self.log_std = nn.Parameter(torch.full((len(low),), args.init_log_std))
-        self.register_buffer("low", torch.as_tensor(low))
-        self.register_buffer("high", torch.as_tensor(high))
+        self.register_buffer("center", torch.as_tensor((high + low) / 2))
+        self.register_buffer("scale", torch.as_tensor((high - low) / 2))
 
     def forward(self, obs: Tensor) -> Tensor:
-        """The deployed policy: the most likely action, inside its bounds."""
-        return self.actor(self.normalizer(obs)).clamp(self.low, self.high)
+        """The deployed policy: the most likely action, inside the environment's bounds."""
+        return self.bounded(self.actor(self.normalizer(obs)))
+
+    def bounded(self, action: Tensor) -> Tensor:
+        """The Gaussian's own units, where [-1, 1] is the whole range, to those of the environment, inside its bounds."""
+        return self.center + self.scale * action.clamp(-1, 1)
+
+    def schedule_log_std(self, args: Args, progress: float) -> None:
+        """Move the standard deviation by the clock, from its initial to its final value, instead of learning it."""
+        self.log_std.requires_grad_(False).fill_((1 - progress) * args.init_log_std + progress * args.final_log_std)
 
     def sample(self, obs: Tensor) -> Tensor:
         mean = self.actor(self.normalizer(obs))
@@ -251,17 +263,13 @@ def correct(base: np.ndarray, residual: np.ndarray, args: Args, space: Box) -> n
 
 
 class Corrected:
-    """The deployed policy, base plus residual. It computes in float64 and rounds, or else the last bits of an action
-    would depend on how many observations share its batch."""
+    """The deployed policy: base plus residual."""
 
     def __init__(self, agent: Agent, base_policy: Policy, args: Args, space: Box):
-        self.agent = deepcopy(agent).cpu().double()
-        self.base_policy, self.args, self.space = base_policy, args, space
+        self.residual, self.base_policy, self.args, self.space = Deployed(agent), base_policy, args, space
 
-    @torch.no_grad()
     def __call__(self, obs: np.ndarray) -> np.ndarray:
-        residual = self.agent(torch.as_tensor(obs, dtype=torch.float64)).numpy().astype(np.float32)
-        return correct(self.base_policy(obs), residual, self.args, self.space)
+        return correct(self.base_policy(obs), self.residual(obs), self.args, self.space)
 
 
 class Transitions(NamedTuple):
@@ -317,6 +325,13 @@ def gae(
     for t in reversed(range(len(delta))):
         advantage[t] = following = delta[t] + decay[t] * following
     return advantage
+
+
+def group_mean(advantage: Tensor, group_size: int) -> Tensor:
+    """Mean over the group_size environments that are in the same situation, side by side, at each step; (T, N) -> (T, N).
+
+    Subtracted, it leaves what one's own actions made better than the others': luck that befalls all alike goes out."""
+    return advantage.unflatten(1, (-1, group_size)).mean(2).repeat_interleave(group_size, dim=1)
 
 
 STATS = ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction")
@@ -392,6 +407,8 @@ def learn(
         next_value = agent.value(batch.next_obs)
     advantage = gae(batch.reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
     target = advantage + value
+    if args.group_size > 1:
+        advantage = advantage - group_mean(advantage, args.group_size)
     data = tuple(x.flatten(0, 1) for x in (batch.obs, batch.action, logprob, advantage, target, value))
     stats = update(agent, optimizer, gradient, args, critic_only, data)
 
@@ -401,11 +418,10 @@ def learn(
         **{f"train/{name}": x for name, x in zip(STATS, stats.tolist(), strict=True)},
         "train/explained_variance": 1 - ((target - value).var() / target.var()).item(),
         "train/learning_rate": optimizer.param_groups[0]["lr"],
-        "train/residual_magnitude": batch.action.clamp(-1, 1).norm(dim=-1).mean().item(),
     }
 
 
-def make_agent(vec: VectorEnv, args: Args) -> Agent:
+def residual_agent(vec: VectorEnv, args: Args) -> Agent:
     bound = np.ones(vec.single_action_space.shape, np.float32)
     return Agent(vec.single_observation_space.shape[0], -bound, bound, args)
 
@@ -424,7 +440,7 @@ def train(args: Args) -> dict:
     device = run.prepare_torch(args)
     vec = envs.make_training(args)
     base_policy = rollout.scripted(args.base_policy, vec)
-    agent = make_agent(vec, args).to(device)
+    agent = residual_agent(vec, args).to(device)
     adam = {"lr": args.learning_rate, "eps": 1e-5, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(agent.parameters(), **adam)
     scaler = RewardScaler(args.num_envs, args.gamma).to(device)
@@ -456,13 +472,17 @@ def train(args: Args) -> dict:
     with run.Run("ppo_residual", args, device, resumed) as record:
         for iteration in range(step // batch_size + 1, iterations + 1):
             record.snapshot = deepcopy(checkpoint())
+            progress = (iteration - 1) / iterations
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
+            if args.final_log_std is not None:
+                agent.schedule_log_std(args, progress)
             batch, obs, episodes = collect(agent, vec, base_policy, args, obs, step, device)
             recent.extend(episodes)
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / iterations)
             if args.norm_reward:
                 batch = batch._replace(reward=scaler(batch.reward, batch.done))
             scalars = learn(agent, optimizer, gradient, args, batch, critic_only=iteration <= args.critic_warmup)
+            scalars["train/residual_magnitude"] = batch.action.clamp(-1, 1).norm(dim=-1).mean().item()
             step += batch_size
             run.require_finite_update(agent, scalars, step)
 
@@ -491,7 +511,7 @@ def evaluate(args: Args) -> dict:
     envs.require_flat_box(vec)
     if not run.is_policy_path(args.evaluate):
         return rollout.measure(rollout.scripted(args.evaluate, vec), None, args)
-    base_policy, agent = rollout.scripted(args.base_policy, vec), make_agent(vec, args)
+    base_policy, agent = rollout.scripted(args.base_policy, vec), residual_agent(vec, args)
     run.load_agent(agent, run.load_policy(args.evaluate, kind="residual"), args, args.evaluate)
     return rollout.measure(Corrected(agent, base_policy, args, vec.single_action_space), base_policy, args)
 

@@ -50,7 +50,8 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any)
 def make_training(args: Any) -> BatchEnv | GymVec:
     """The environments to train in, with flat Boxes; a mistake in --eval-env-kwargs shows here too, not only later."""
     make_vec(args.env_id, 1, **{**args.env_kwargs, **args.eval_env_kwargs}).close()
-    vec = make_vec(args.env_id, args.num_envs, threads=args.threads, **args.env_kwargs)
+    grouped = {"copies": args.group_size} if args.group_size > 1 else {}
+    vec = make_vec(args.env_id, args.num_envs, threads=args.threads, **grouped, **args.env_kwargs)
     require_flat_box(vec)
     return vec
 

@@ -130,7 +130,7 @@ def checked(args: Any) -> Any:
     if args.dry_run:
         step = args.num_envs * args.num_steps
         args = replace(args, total_timesteps=step, checkpoint_every=step, eval_episodes=2)
-    for name in ("num_envs", "num_steps", "update_epochs", "threads", "eval_episodes", "hidden_sizes"):
+    for name in ("num_envs", "num_steps", "update_epochs", "threads", "eval_episodes", "hidden_sizes", "group_size"):
         refuse(np.min(getattr(args, name), initial=1) < 1, name, "at least 1")
     for field in fields(args):
         value = getattr(args, field.name)
@@ -147,6 +147,7 @@ def checked(args: Any) -> Any:
     batch = args.num_envs * args.num_steps
     divides = args.minibatch_size >= 2 and batch % args.minibatch_size == 0
     refuse(not divides, "minibatch_size", f"at least 2 and divide num_envs * num_steps = {batch}")
+    refuse(args.num_envs % args.group_size != 0, "group_size", f"a divisor of --num-envs {args.num_envs}")
     refuse(args.total_timesteps < batch, "total_timesteps", f"at least one rollout, num_envs * num_steps = {batch}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu, or install PyTorch with CUDA")

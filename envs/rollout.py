@@ -2,16 +2,20 @@
 
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import envs
 from envs.run import UserError, is_policy_path, policy_file, sha256, video_path, write_json
 
-# Batched observations (N, ...) -> actions (N, A). A policy with state also has reset(rows), called as episodes begin.
+# Batched observations (N, ...) -> actions (N, A). A policy with state also has reset(rows, vec), called as episodes begin
+# in these rows of the vector environment. One that needs other arguments of the environment than a learned policy, such
+# as an action mode, has them in env_kwargs.
 Policy = Callable[[Any], np.ndarray]
 ROWS = 24  # environments that an evaluation steps together; more would stand idle while the last episodes end
 
@@ -33,7 +37,7 @@ def rollout(policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callabl
     missing, started = episodes, vec.num_envs
     obs, _ = vec.reset(seed=[[seed, int(i)] for i in playing])
     if hasattr(policy, "reset"):
-        policy.reset(np.arange(vec.num_envs))
+        policy.reset(np.arange(vec.num_envs), vec)
     while missing:
         action = policy(obs)
         require_finite_episodes("action", action, playing)
@@ -53,7 +57,7 @@ def rollout(policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callabl
         if missing:  # the row has begun an episode of its own choice: replace it by the one whose turn it is
             obs, _ = vec.reset(seed=[[seed, int(i)] for i in playing], options={"reset_mask": done})
             if hasattr(policy, "reset"):
-                policy.reset(np.flatnonzero(done))
+                policy.reset(np.flatnonzero(done), vec)
     return results
 
 
@@ -94,7 +98,7 @@ def evaluate(policy: Policy, args: Any, split: str = "test", video: Path | None 
     Returns:
         What --json writes, without the policy's name; what the task does not define is None.
     """
-    env_kwargs = {**args.env_kwargs, **args.eval_env_kwargs}
+    env_kwargs = {**args.env_kwargs, **args.eval_env_kwargs, **getattr(policy, "env_kwargs", {})}
     render_mode = args.render or ("rgb_array" if video else None)
     rows = 1 if args.render else min(ROWS, args.eval_episodes)  # a window shows row 0, so let every episode be there
     vec = envs.make_vec(
@@ -182,14 +186,15 @@ def score(result: dict) -> tuple[float, float]:
 
 def measure(policy: Policy, base_policy: Policy | None, args: Any) -> dict:
     """What --evaluate does: play the test split, with --compare-base also by the base alone, print, write --json."""
-    if args.compare_base and base_policy is None:
+    compare_base = getattr(args, "compare_base", False)
+    if compare_base and base_policy is None:
         raise UserError(f"--compare-base needs a policy file or a run, and {args.evaluate} has no base; leave it out")
     if args.json is not None and not Path(args.json).parent.is_dir():
         raise UserError(f"--json {args.json}: no such directory; make it, or choose another")
     learned = is_policy_path(args.evaluate)
     file = {"sha256": sha256(policy_file(args.evaluate))} if learned else {}
     result = {"policy": args.evaluate, **file, **evaluate(policy, args, "test", video_path(args))}
-    if args.compare_base:
+    if compare_base:
         result["base"] = evaluate(base_policy, args, "test")
         result["gain"] = paired_gain(result, result["base"])
     report(result)
@@ -206,6 +211,18 @@ def report(result: dict) -> None:
         print(f"base alone: {describe(result['base'])}")
         interval = f"95 % interval {gain['low']:+.3f} to {gain['high']:+.3f}"
         print(f"paired gain in {gain['of']}: {gain['gain']:+.3f}, {interval}")
+
+
+class Deployed:
+    """A trained network as a policy: its most likely actions. It computes in float64 and rounds, or else the last bits of
+    an action would depend on how many observations share its batch."""
+
+    def __init__(self, agent: nn.Module):
+        self.agent = deepcopy(agent).cpu().double()
+
+    @torch.no_grad()
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        return self.agent(torch.as_tensor(obs, dtype=torch.float64)).numpy().astype(np.float32)
 
 
 class Zero:

@@ -1,0 +1,498 @@
+"""PPO for continuous actions, in one file: PyTorch + Gymnasium.
+
+Proximal policy optimisation (Schulman et al. 2017) plays a Gaussian policy pi for a while, estimates how much better
+than expected each action was, and makes the better ones more likely, by a few epochs of
+
+    maximise E[min(r A, clip(r, 1 - eps, 1 + eps) A)],    r = pi(a | s) / pi_old(a | s)
+
+where A is the generalised advantage estimate and the clip keeps the new policy near the one that played.
+
+  train     python ppo_continuous.py                                 (LateralControl-v0: steer a simulated car)
+  others    python ppo_continuous.py --env-id HalfCheetah-v5         (any with flat Box observations and actions)
+  faster    python ppo_continuous.py --env-id HalfCheetah-v5 --compile           (needs a C++ compiler)
+  resume    python ppo_continuous.py --resume runs/<run>
+  fine-tune python ppo_continuous.py --pretrained runs/<run of bc_pretrain.py> --critic-warmup 5
+  evaluate  python ppo_continuous.py --evaluate runs/<run>           (or a scripted controller: --evaluate pid)
+  deploy    runs/<run>/policy.onnx: raw observation -> action in the environment's units and bounds
+"""
+
+from collections import deque
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from math import log, pi, sqrt
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from gymnasium.vector import VectorEnv
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import envs
+from envs import command, rollout, run
+from envs.rollout import Deployed
+from envs.run import require_finite
+
+
+@dataclass
+class Args:
+    env_id: str = "LateralControl-v0"
+    """environment: one of ours, or any of Gymnasium's with flat Box observations and actions"""
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """arguments of the environment, KEY VALUE ..."""
+    eval_env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """arguments for evaluation only, on top of --env-kwargs"""
+    seed: int = 1
+    """seed of the networks, the environments and the minibatch order"""
+    total_timesteps: int = 1_000_000
+    """environment steps, counted over all environments"""
+    num_envs: int = 8
+    """environments stepped in parallel"""
+    num_steps: int = 256
+    """steps per environment between two updates"""
+
+    learning_rate: float = 3e-4
+    """learning rate of Adam; usually 1e-4 to 1e-3"""
+    anneal_lr: bool = True
+    """lower the learning rate linearly to zero over the run"""
+    weight_decay: float = 0.0
+    """decoupled weight decay (AdamW); 0 is Adam"""
+    minibatch_size: int = 64
+    """transitions per gradient step; must divide num_envs * num_steps"""
+    update_epochs: int = 10
+    """passes over each batch; usually 3 to 10"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation; 0 is one-step TD, 1 is Monte Carlo"""
+    clip_coef: float = 0.2
+    """how far the probability ratio may move before its gradient is cut; usually 0.1 to 0.3"""
+    clip_value: bool = True
+    """also clip the change of the value estimate"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient"""
+    target_kl: float | None = None
+    """stop an update once the policy has moved further than this; usually 0.01 to 0.05"""
+    norm_obs: bool = True
+    """normalise observations by their running mean and standard deviation"""
+    norm_reward: bool = True
+    """divide rewards by the running standard deviation of the discounted return"""
+    norm_adv: bool = True
+    """normalise advantages within each minibatch"""
+    group_size: int = 1
+    """environments in the same situation, whose mean advantage is subtracted; 1 for none"""
+    init_log_std: float = 0.0
+    """logarithm of the initial standard deviation of the policy"""
+    final_log_std: float | None = None
+    """move the log standard deviation linearly to this over the run, instead of learning it"""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """units in the hidden layers of actor and critic"""
+    critic_warmup: int = 0
+    """first updates that change the critic alone, for a policy that starts from --pretrained"""
+
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """where the networks live; auto takes a GPU if there is one, but for networks this small the CPU is faster"""
+    threads: int = 1
+    """CPU threads of PyTorch and of our simulators; small networks are fastest with one"""
+    compile: bool = False
+    """compile the gradient step with torch.compile (needs a C++ compiler)"""
+    deterministic: bool = False
+    """refuse GPU operations whose result may differ between runs"""
+
+    eval_every: int = 100_000
+    """steps between two evaluations on the validation split; the best one gives best.pt; 0 for only one at the end"""
+    eval_episodes: int = 10
+    """episodes of an evaluation"""
+    eval_seed: int = 1
+    """seed of the evaluation episodes; those of training and of the three splits never coincide"""
+    checkpoint_every: int = 100_000
+    """steps between two files in checkpoints/; 0 for none"""
+    run_root: str = "runs"
+    """directory that holds the runs"""
+    run_name: str | None = None
+    """name of the run's directory instead of <script>__<environment>__seed<seed>__<time>"""
+    config: str | None = None
+    """JSON file of settings to start from, such as a run's config.json"""
+    resume: str | None = None
+    """checkpoint or run directory to continue, bit for bit; only the total may grow and the place may change"""
+    pretrained: str | None = None
+    """policy file or run to start from, such as a clone: actor, critic and normaliser; the optimiser starts fresh"""
+    track: bool = False
+    """also log to Weights & Biases (offline without a login)"""
+    capture_video: bool = False
+    """record the first episode of each evaluation as videos/*.mp4"""
+    dry_run: bool = False
+    """one rollout, one update, one evaluation of two episodes, all files"""
+
+    evaluate: str | None = None
+    """no training: measure a policy file, a run (its best.pt), zero, pid, ... or PATH.onnx on the test split"""
+    json: str | None = None
+    """with --evaluate: write the result to this file"""
+    render: Literal["human"] | None = None
+    """with --evaluate: watch it in a window"""
+
+    @classmethod
+    def tuned(cls, env_id: str = "LateralControl-v0", **overrides: Any) -> "Args":
+        """The settings tuned for an environment, as the command line takes them; overrides win."""
+        return cls(**{"env_id": env_id, **TUNED.get(env_id, {}), **overrides})
+
+
+# {environment: settings that differ from the defaults above}; --env-id X --help shows the values in force.
+CLEANRL = {"num_envs": 1, "num_steps": 2048}  # one environment, as CleanRL's published runs
+TUNED: dict[str, dict] = {
+    "LateralControl-v0": {},
+    "HalfCheetah-v5": CLEANRL,
+    "Hopper-v5": CLEANRL,
+    "Walker2d-v5": CLEANRL,
+    "InvertedDoublePendulum-v5": CLEANRL,
+}
+
+
+class Normalizer(nn.Module):
+    """Shifts and scales by a running mean and variance. They are buffers: the state_dict, the policy files and the ONNX
+    file contain them, and they stand still unless update is called."""
+
+    def __init__(self, shape: tuple[int, ...] = ()):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-10, 10)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Merge a batch's mean and variance into the running ones (Chan et al. 1979); x: (batch, *shape)."""
+        n, total = len(x), self.count + len(x)
+        var, mean = torch.var_mean(x, dim=0, correction=0)
+        delta = mean - self.mean
+        self.var.copy_((self.var * self.count + var * n + delta.square() * self.count * n / total) / total)
+        self.mean.add_(delta * n / total)
+        self.count.add_(n)
+
+
+class RewardScaler(nn.Module):
+    """Divides rewards by the running standard deviation of the discounted return so far, R <- gamma R + r."""
+
+    def __init__(self, num_envs: int, gamma: float):
+        super().__init__()
+        self.gamma, self.stats = gamma, Normalizer()
+        self.register_buffer("returns", torch.zeros(num_envs))
+
+    def forward(self, reward: Tensor, done: Tensor) -> Tensor:
+        """reward, done: (T, N) -> scaled reward (T, N)."""
+        returns = torch.empty_like(reward)
+        for t in range(len(reward)):
+            returns[t] = self.gamma * self.returns + reward[t]
+            self.returns.copy_(returns[t] * ~done[t])  # the next episode starts from zero
+        self.stats.update(returns.flatten())
+        return (reward * torch.rsqrt(self.stats.var + 1e-8)).clamp(-10, 10)
+
+
+def mlp(sizes: list[int], gain: float) -> nn.Sequential:
+    """Linear layers with tanh between them; orthogonal weights, scaled by `gain` in the last."""
+    layers: list[nn.Module] = []
+    for n_in, n_out in pairwise(sizes):
+        layer = nn.Linear(n_in, n_out)
+        nn.init.orthogonal_(layer.weight, sqrt(2))
+        nn.init.zeros_(layer.bias)
+        layers += [layer, nn.Tanh()]
+    nn.init.orthogonal_(layer.weight, gain)
+    return nn.Sequential(*layers[:-1])
+
+
+class Agent(nn.Module):
+    """A Gaussian policy and a value function; every method takes raw observations (..., obs_dim)."""
+
+    def __init__(self, obs_dim: int, low: np.ndarray, high: np.ndarray, args: Args):
+        super().__init__()
+        self.normalizer = Normalizer((obs_dim,)) if args.norm_obs else nn.Identity()
+        self.actor = mlp([obs_dim, *args.hidden_sizes, len(low)], gain=0.01)  # starts near zero
+        self.critic = mlp([obs_dim, *args.hidden_sizes, 1], gain=1.0)
+        self.log_std = nn.Parameter(torch.full((len(low),), args.init_log_std))
+        self.register_buffer("center", torch.as_tensor((high + low) / 2))
+        self.register_buffer("scale", torch.as_tensor((high - low) / 2))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """The deployed policy: the most likely action, inside the environment's bounds."""
+        return self.bounded(self.actor(self.normalizer(obs)))
+
+    def bounded(self, action: Tensor) -> Tensor:
+        """The Gaussian's own units, where [-1, 1] is the whole range, to those of the environment, inside its bounds."""
+        return self.center + self.scale * action.clamp(-1, 1)
+
+    def schedule_log_std(self, args: Args, progress: float) -> None:
+        """Move the standard deviation by the clock, from its initial to its final value, instead of learning it."""
+        self.log_std.requires_grad_(False).fill_((1 - progress) * args.init_log_std + progress * args.final_log_std)
+
+    def sample(self, obs: Tensor) -> Tensor:
+        mean = self.actor(self.normalizer(obs))
+        return mean + self.log_std.exp() * torch.randn_like(mean)
+
+    def value(self, obs: Tensor) -> Tensor:
+        return self.critic(self.normalizer(obs)).squeeze(-1)
+
+    def evaluate_actions(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log pi(action | obs) (...), the policy's entropy () and V(obs) (...)."""
+        obs = self.normalizer(obs)
+        # log N(a; mu, sigma) = -z^2 / 2 - log sigma - log(2 pi) / 2 with z = (a - mu) / sigma, summed over components
+        z = (action - self.actor(obs)) * torch.exp(-self.log_std)
+        logprob = (-0.5 * z.square() - self.log_std - 0.5 * log(2 * pi)).sum(-1)
+        entropy = (self.log_std + 0.5 * log(2 * pi) + 0.5).sum()
+        return logprob, entropy, self.critic(obs).squeeze(-1)
+
+
+class Transitions(NamedTuple):
+    """The transitions of one rollout, each field (T, N, ...); index t holds transition t only."""
+
+    obs: Tensor
+    action: Tensor  # as it was drawn, unclipped: that is what its log-probability belongs to
+    next_obs: Tensor  # where the action led, never the first observation of the next episode
+    reward: Tensor
+    terminated: Tensor
+    done: Tensor  # terminated or truncated
+
+
+@torch.no_grad()
+def collect(
+    agent: Agent, vec: VectorEnv, args: Args, obs: np.ndarray, step: int, device: torch.device
+) -> tuple[Transitions, np.ndarray, list[dict]]:
+    """Play num_steps steps in every environment from obs on. Returns the batch, the next obs, finished episodes."""
+    transitions, episodes = [], []
+    for _ in range(args.num_steps):
+        action = agent.sample(torch.as_tensor(obs, dtype=torch.float32, device=device))
+        new_obs, reward, terminated, truncated, info = vec.step(agent.bounded(action).cpu().numpy())
+        step += vec.num_envs
+        require_finite("observation", new_obs, step)
+        require_finite("reward", reward, step)
+
+        done, next_obs = terminated | truncated, new_obs
+        if done.any():
+            next_obs = np.where(done[:, None], info["final_obs"], new_obs)
+            require_finite("final observation", next_obs, step)
+            episodes += [{"step": step, **rollout.episode_result(info, i)} for i in np.flatnonzero(done)]
+        transitions.append((obs, action.cpu().numpy(), next_obs, reward, terminated, done))
+        obs = new_obs
+    fields = (torch.as_tensor(np.stack(x), device=device) for x in zip(*transitions))  # each (T, N, ...)
+    return Transitions(*(x.float() if x.is_floating_point() else x for x in fields)), obs, episodes
+
+
+def gae(
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float
+) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016) (T, N) from fields (T, N).
+
+    next_value[t] is V of the state that action t led to, also at the end of an episode: a time limit bootstraps like
+    any other step, and only a terminal state is worth zero."""
+    # delta_t = r_t + gamma V(s_t+1) - V(s_t), with V = 0 after a terminal state
+    delta = reward + gamma * next_value * ~terminated - value
+    # A_t = delta_t + gamma lambda A_t+1, cut where the episode ended
+    decay = gamma * gae_lambda * (~done).to(delta)
+    advantage, following = torch.zeros_like(delta), torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        advantage[t] = following = delta[t] + decay[t] * following
+    return advantage
+
+
+def group_mean(advantage: Tensor, group_size: int) -> Tensor:
+    """Mean over the group_size environments that are in the same situation, side by side, at each step; (T, N) -> (T, N).
+
+    Subtracted, it leaves what one's own actions made better than the others': luck that befalls all alike goes out."""
+    return advantage.unflatten(1, (-1, group_size)).mean(2).repeat_interleave(group_size, dim=1)
+
+
+STATS = ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction")
+
+
+def ppo_loss(agent: Agent, args: Args, critic_only: bool, *minibatch: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of one minibatch, and the statistics named in STATS. With critic_only it is the critic's part alone."""
+    obs, action, old_logprob, advantage, target, old_value = minibatch
+    logprob, entropy, value = agent.evaluate_actions(obs, action)
+    # r = pi(a | s) / pi_old(a | s)
+    log_ratio = logprob - old_logprob
+    ratio = log_ratio.exp()
+
+    # L_clip = E[min(r A, clip(r, 1 - eps, 1 + eps) A)]
+    if args.norm_adv:
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -torch.min(advantage * ratio, advantage * clipped_ratio).mean()
+
+    # L_value = E[(V - target)^2] / 2; with clipping the larger of the errors with V and with V kept near its old value
+    value_error = (value - target).square()
+    if args.clip_value:
+        clipped_value = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
+        value_error = torch.max(value_error, (clipped_value - target).square())
+    value_loss = 0.5 * value_error.mean()
+
+    # L = L_policy + c_v L_value - c_e H[pi]
+    loss = args.vf_coef * value_loss
+    if not critic_only:
+        loss = loss + policy_loss - args.ent_coef * entropy
+    approx_kl = (ratio - 1 - log_ratio).mean()  # unbiased and never negative: http://joschu.net/blog/kl-approx.html
+    clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    return loss, torch.stack([policy_loss, value_loss, -entropy, approx_kl, clip_fraction]).detach()
+
+
+def compute_gradient(agent: Agent, args: Args, critic_only: bool, *minibatch: Tensor) -> Tensor:
+    """Leaves the clipped gradient of the loss in the agent's parameters. --compile compiles this function."""
+    loss, stats = ppo_loss(agent, args, critic_only, *minibatch)
+    loss.backward()
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    return stats
+
+
+def update(
+    agent: Agent, optimizer: Optimizer, gradient: Callable, args: Args, critic_only: bool, data: tuple[Tensor, ...]
+) -> Tensor:
+    """All epochs over one batch. Returns the mean of STATS over its minibatches."""
+    history = []
+    for _ in range(args.update_epochs):
+        order = torch.randperm(len(data[0]), device=data[0].device)
+        for minibatch in zip(*(x[order].split(args.minibatch_size) for x in data)):
+            optimizer.zero_grad()
+            stats = gradient(agent, args, critic_only, *minibatch)
+            history.append(stats)
+            if args.target_kl is not None and stats[STATS.index("approx_kl")] > args.target_kl:
+                return torch.stack(history).mean(0)
+            optimizer.step()
+    return torch.stack(history).mean(0)
+
+
+def learn(
+    agent: Agent, optimizer: Optimizer, gradient: Callable, args: Args, batch: Transitions, critic_only: bool
+) -> dict[str, float]:
+    """Values, advantages and targets of a batch, then the update with them. Returns the train/ scalars."""
+    # The first batch was sampled without statistics. Take them before the update, so that the networks never train on
+    # raw scales; the policy that sampled was near zero all the same (its last layer begins with gain 0.01).
+    first = args.norm_obs and agent.normalizer.count == 0
+    if first:
+        agent.normalizer.update(batch.obs.flatten(0, 1))
+
+    with torch.no_grad():
+        logprob, _, value = agent.evaluate_actions(batch.obs, batch.action)
+        next_value = agent.value(batch.next_obs)
+    advantage = gae(batch.reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
+    target = advantage + value
+    if args.group_size > 1:
+        advantage = advantage - group_mean(advantage, args.group_size)
+    data = tuple(x.flatten(0, 1) for x in (batch.obs, batch.action, logprob, advantage, target, value))
+    stats = update(agent, optimizer, gradient, args, critic_only, data)
+
+    if args.norm_obs and not first:  # only now, so that old and new log-probabilities saw the same observations
+        agent.normalizer.update(batch.obs.flatten(0, 1))
+    return {
+        **{f"train/{name}": x for name, x in zip(STATS, stats.tolist(), strict=True)},
+        "train/explained_variance": 1 - ((target - value).var() / target.var()).item(),
+        "train/learning_rate": optimizer.param_groups[0]["lr"],
+    }
+
+
+def make_agent(vec: VectorEnv, args: Args) -> Agent:
+    space = vec.single_action_space
+    return Agent(vec.single_observation_space.shape[0], space.low, space.high, args)
+
+
+def train(args: Args) -> dict:
+    """Run PPO as args say. Returns what summary.json holds.
+
+    Raises:
+        UserError: args, a file they name or the environment cannot work.
+        FloatingPointError: observations, rewards, losses or parameters are not finite.
+    """
+    args = command.checked(args)
+    batch_size = args.num_envs * args.num_steps
+    iterations = args.total_timesteps // batch_size
+    resumed = command.load_to_resume(args, iterations * batch_size, kind="policy")
+    device = run.prepare_torch(args)
+    vec = envs.make_training(args)
+    agent = make_agent(vec, args).to(device)
+    adam = {"lr": args.learning_rate, "eps": 1e-5, "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(agent.parameters(), **adam)
+    scaler = RewardScaler(args.num_envs, args.gamma).to(device)
+    gradient = run.compiled(compute_gradient) if args.compile else compute_gradient
+    obs, _ = vec.reset(seed=args.seed)
+    step, best, recent = 0, None, deque(maxlen=100)
+
+    if resumed is not None:
+        run.load_agent(agent, resumed, args, args.resume)
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["reward_scaler"])
+        step, best = resumed["step"], resumed["best"]
+        recent.extend(resumed["recent"])
+        obs = vec.load_state_dict(resumed["envs"])
+        run.set_rng_state(resumed["rng"])
+    elif args.pretrained is not None:
+        run.load_agent(agent, run.load_policy(args.pretrained, kind="policy"), args, args.pretrained)
+
+    def checkpoint() -> dict:
+        return {
+            # this part is a policy file
+            "kind": "policy", "env_id": args.env_id, "env_kwargs": args.env_kwargs, "args": asdict(args),
+            "agent": agent.state_dict(), "step": step,
+            # and the rest is what resuming needs
+            "optimizer": optimizer.state_dict(), "reward_scaler": scaler.state_dict(),
+            "envs": vec.state_dict(), "recent": list(recent), "best": best, "rng": run.rng_state(),
+        }  # fmt: skip
+
+    with run.Run("ppo_continuous", args, device, resumed) as record:
+        for iteration in range(step // batch_size + 1, iterations + 1):
+            record.snapshot = deepcopy(checkpoint())
+            progress = (iteration - 1) / iterations
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
+            if args.final_log_std is not None:
+                agent.schedule_log_std(args, progress)
+            batch, obs, episodes = collect(agent, vec, args, obs, step, device)
+            recent.extend(episodes)
+            if args.norm_reward:
+                batch = batch._replace(reward=scaler(batch.reward, batch.done))
+            scalars = learn(agent, optimizer, gradient, args, batch, critic_only=iteration <= args.critic_warmup)
+            step += batch_size
+            run.require_finite_update(agent, scalars, step)
+
+            evaluation = None
+            if iteration == iterations or run.due(args.eval_every, step, batch_size):
+                evaluation = rollout.evaluate(Deployed(agent), args, "validation", record.video(step))
+                if best is None or rollout.score(evaluation) > rollout.score(best["evaluation"]):
+                    best = {"step": step, "agent": deepcopy(agent.state_dict()), "evaluation": evaluation}
+                    record.save_policy("best.pt", checkpoint())
+            record.log(step, recent, episodes, scalars, evaluation)
+            if run.due(args.checkpoint_every, step, batch_size):
+                record.save(f"checkpoints/step_{step:09d}.pt", checkpoint())
+
+        record.save("final.pt", checkpoint())
+        agent.load_state_dict(best["agent"])
+        run.export_onnx(agent, obs.shape[1], record.folder / "policy.onnx", kind="policy")
+        return record.finish(step, best)
+
+
+def evaluate(args: Args) -> dict:
+    """Measure the policy that args.evaluate names; see rollout.measure."""
+    command.checked(args)
+    run.prepare_torch(args)
+    vec = envs.make_vec(args.env_id, 1, **args.env_kwargs)
+    envs.require_flat_box(vec)
+    if not run.is_policy_path(args.evaluate):
+        return rollout.measure(rollout.scripted(args.evaluate, vec), None, args)
+    agent = make_agent(vec, args)
+    run.load_agent(agent, run.load_policy(args.evaluate, kind="policy"), args, args.evaluate)
+    return rollout.measure(Deployed(agent), None, args)
+
+
+def main() -> None:
+    with command.command_line():
+        args = command.parse(Args, Args.tuned)
+        evaluate(args) if args.evaluate is not None else train(args)
+
+
+if __name__ == "__main__":
+    main()
