@@ -118,7 +118,7 @@ class Args:
     eval_every: int = 10_000
     """steps between two evaluations on the validation split; the best one gives best.pt; 0 for only one at the end"""
     eval_episodes: int = 100
-    """episodes of an evaluation"""
+    """episodes of an evaluation; 0 for all, where a split has a fixed number"""
     eval_seed: int = 1
     """seed of the evaluation episodes; those of training and of the three splits never coincide"""
     checkpoint_every: int = 10_000

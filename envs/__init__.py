@@ -11,7 +11,9 @@ from envs.run import UserError
 
 gym.register("SO101Paper-v0", "envs.so101:SO101PaperEnv", vector_entry_point="envs.so101:SO101Paper")
 
-OURS = ("SO101Paper-v0",)
+gym.register("LateralControl-v0", "envs.lateral:LateralControlEnv", vector_entry_point="envs.lateral:LateralControl")
+
+OURS = ("LateralControl-v0", "SO101Paper-v0")
 
 
 def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any) -> BatchEnv | GymVec:

@@ -73,6 +73,8 @@ class BatchEnv(gym.vector.VectorEnv):
                 f"render_mode must be one of {', '.join(self.metadata['render_modes'])}, not {render_mode!r}"
             )
         self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
+        self.limit: int | Array = max_episode_steps  # a subclass may give each row's episode its own, (N,)
+        self.num_episodes: int | None = None  # with training=False: how many different ones the split has, if limited
         self.training, self.split, self.render_mode = training, split, render_mode
         self.single_observation_space, self.single_action_space = observation_space, action_space
         self.observation_space = gym.vector.utils.batch_space(observation_space, num_envs)
@@ -119,7 +121,7 @@ class BatchEnv(gym.vector.VectorEnv):
         reward, terminated, metrics = self.advance(actions)
         self.episode_return += reward
         self.episode_length += 1
-        truncated = ~terminated & (self.episode_length >= self.max_episode_steps)
+        truncated = ~terminated & (self.episode_length >= self.limit)
         done = terminated | truncated
         obs, info = self.observe(np.arange(self.num_envs)), {}
         if done.any():

@@ -130,12 +130,12 @@ def checked(args: Any) -> Any:
     if args.dry_run:
         step = args.num_envs * args.num_steps
         args = replace(args, total_timesteps=step, checkpoint_every=step, eval_episodes=2)
-    for name in ("num_envs", "num_steps", "update_epochs", "threads", "eval_episodes", "hidden_sizes", "group_size"):
+    for name in ("num_envs", "num_steps", "update_epochs", "threads", "hidden_sizes", "group_size"):
         refuse(np.min(getattr(args, name), initial=1) < 1, name, "at least 1")
     for field in fields(args):
         value = getattr(args, field.name)
         refuse(isinstance(value, float) and not np.isfinite(value), field.name, "a finite number")
-    for name in ("eval_every", "checkpoint_every", "critic_warmup", "seed", "eval_seed", "ent_coef", "vf_coef"):
+    for name in ("eval_every", "eval_episodes", "checkpoint_every", "critic_warmup", "seed", "eval_seed", "ent_coef", "vf_coef"):
         refuse(getattr(args, name) < 0, name, "0 or more")
     for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
         refuse(getattr(args, name) is not None and getattr(args, name) <= 0, name, "above 0")

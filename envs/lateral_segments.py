@@ -186,12 +186,13 @@ def _speeds(bumps: np.ndarray, drift: np.ndarray, traits: np.ndarray, chances: n
 
 def _targets(noise: np.ndarray, uniform: np.ndarray, traits: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Lateral acceleration (T, n) of a road whose bends begin at random, with the wobble of a planner on top."""
-    start = np.where(uniform < DT / 5, np.arange(ROWS)[:, None], 0)  # a new bend every 5 s on average
-    bend = np.take_along_axis(noise[0], np.maximum.accumulate(start), axis=0) * 0.25 * np.exp(0.8 * traits[0])
-    tau = 0.4 * np.exp(0.3 * traits[1])
-    level = _lag(_lag(_lag(bend, tau), tau), tau)
-    wobble = 0.03 * _lag(_ou(noise[1], 1.0), 0.1) + 0.01 * _lag(noise[2], 0.15)
-    return np.clip((level + wobble) * steady_gain(v), -4.5, 4.5)
+    start = np.where(uniform < DT / 4, np.arange(ROWS)[:, None], 0)  # a new bend every 4 s on average
+    size = 0.36 * np.exp(0.7 * np.clip(traits[0], -2, 1.7))  # of the segment's bends, m/s^2
+    bend = size * np.take_along_axis(np.clip(noise[0], -2, 2), np.maximum.accumulate(start), axis=0)
+    tau = 0.4 * np.exp(0.25 * traits[1])
+    road = _lag(_lag(_lag(bend, tau), tau), tau)
+    wobble = np.sqrt(size) * (0.11 * _lag(_ou(noise[1], 1.0), 0.1) + 0.02 * _ou(noise[2], 0.1))
+    return np.clip((road + wobble) * steady_gain(v), -4.5, 4.5)
 
 
 def _banks(noise: np.ndarray, offset: np.ndarray, v: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -32,6 +32,9 @@ def rollout(policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callabl
     Raises:
         FloatingPointError: an action or a reward is not finite.
     """
+    limit = getattr(vec, "num_episodes", None)
+    if limit is not None and episodes > limit:
+        raise UserError(f"{episodes} episodes of the {vec.split} split, which has {limit}; ask for at most so many")
     playing = np.arange(vec.num_envs)  # the episode in each row; one >= episodes is played but not counted
     results: list[dict | None] = [None] * episodes
     missing, started = episodes, vec.num_envs
@@ -100,13 +103,16 @@ def evaluate(policy: Policy, args: Any, split: str = "test", video: Path | None 
     """
     env_kwargs = {**args.env_kwargs, **args.eval_env_kwargs, **getattr(policy, "env_kwargs", {})}
     render_mode = args.render or ("rgb_array" if video else None)
-    rows = 1 if args.render else min(ROWS, args.eval_episodes)  # a window shows row 0, so let every episode be there
+    rows = 1 if args.render else min(ROWS, args.eval_episodes or ROWS)  # a window shows row 0: let all be played there
     vec = envs.make_vec(
         args.env_id, rows, training=False, split=split, threads=args.threads, render_mode=render_mode, **env_kwargs
     )
     try:
         film = Film(vec, video) if video else None
-        results = rollout(policy, vec, args.eval_episodes, args.eval_seed, film)
+        episodes = args.eval_episodes or getattr(vec, "num_episodes", None)
+        if episodes is None:
+            raise UserError(f"--eval-episodes 0 means all there are, but {args.env_id} has no end of them; give a number")
+        results = rollout(policy, vec, episodes, args.eval_seed, film)
     finally:
         vec.close()
     about = {"env_id": args.env_id, "env_kwargs": env_kwargs, "episodes": len(results), "seed": args.eval_seed}
@@ -180,8 +186,8 @@ def paired_gain(result: dict, base: dict) -> dict:
 
 
 def score(result: dict) -> tuple[float, float]:
-    """What best.pt is chosen by: success where the task has it, then return."""
-    return result["success_rate"] or 0.0, result["mean_return"]
+    """What best.pt is chosen by: success where the task has it, then its own metric `score`, or else return."""
+    return result["success_rate"] or 0.0, result["metrics"].get("score", result["mean_return"])
 
 
 def measure(policy: Policy, base_policy: Policy | None, args: Any) -> dict:
