@@ -233,12 +233,8 @@ class Agent(nn.Module):
         return self.bounded(self.actor(self.normalizer(obs)))
 
     def bounded(self, action: Tensor) -> Tensor:
-        """The Gaussian's own units, where [-1, 1] is the whole range, to those of the environment, inside its bounds."""
+        """The Gaussian's own units, where [-1, 1] is the whole range, to the environment's, inside its bounds."""
         return self.center + self.scale * action.clamp(-1, 1)
-
-    def schedule_log_std(self, args: Args, progress: float) -> None:
-        """Move the standard deviation by the clock, from its initial to its final value, instead of learning it."""
-        self.log_std.requires_grad_(False).fill_((1 - progress) * args.init_log_std + progress * args.final_log_std)
 
     def sample(self, obs: Tensor) -> Tensor:
         mean = self.actor(self.normalizer(obs))
@@ -328,9 +324,9 @@ def gae(
 
 
 def group_mean(advantage: Tensor, group_size: int) -> Tensor:
-    """Mean over the group_size environments that are in the same situation, side by side, at each step; (T, N) -> (T, N).
+    """At each step the mean over the group_size neighbours that are in the same situation, (T, N) -> (T, N).
 
-    Subtracted, it leaves what one's own actions made better than the others': luck that befalls all alike goes out."""
+    Without it an advantage says what one's own actions made better than the others' did: what befalls all goes out."""
     return advantage.unflatten(1, (-1, group_size)).mean(2).repeat_interleave(group_size, dim=1)
 
 
@@ -469,14 +465,15 @@ def train(args: Args) -> dict:
             "envs": vec.state_dict(), "recent": list(recent), "best": best, "rng": run.rng_state(),
         }  # fmt: skip
 
-    with run.Run("ppo_residual", args, device, resumed) as record:
+    with run.Run("ppo_residual", args, device, resumed, iterations * batch_size) as record:
         for iteration in range(step // batch_size + 1, iterations + 1):
             record.snapshot = deepcopy(checkpoint())
             progress = (iteration - 1) / iterations
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
             if args.final_log_std is not None:
-                agent.schedule_log_std(args, progress)
+                log_std = (1 - progress) * args.init_log_std + progress * args.final_log_std
+                agent.log_std.requires_grad_(False).fill_(log_std)
             batch, obs, episodes = collect(agent, vec, base_policy, args, obs, step, device)
             recent.extend(episodes)
             if args.norm_reward:

@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space, create_empty_array
 
 from envs.run import UserError
 
@@ -77,8 +78,8 @@ class BatchEnv(gym.vector.VectorEnv):
         self.num_episodes: int | None = None  # with training=False: how many different ones the split has, if limited
         self.training, self.split, self.render_mode = training, split, render_mode
         self.single_observation_space, self.single_action_space = observation_space, action_space
-        self.observation_space = gym.vector.utils.batch_space(observation_space, num_envs)
-        self.action_space = gym.vector.utils.batch_space(action_space, num_envs)
+        self.observation_space = batch_space(observation_space, num_envs)
+        self.action_space = batch_space(action_space, num_envs)
         self.rngs = [np.random.default_rng() for _ in range(num_envs)]
         self.episode_return, self.episode_length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
         if device is not None:
@@ -215,47 +216,70 @@ def row(obs: Any, i: int) -> Any:
     return {name: np.asarray(array[i]) for name, array in obs.items()} if isinstance(obs, dict) else np.asarray(obs[i])
 
 
-class GymVec(gym.vector.VectorWrapper):
-    """Gymnasium's SyncVectorEnv with the seeds, the info and the autoreset of a BatchEnv."""
+class GymVec(gym.vector.VectorEnv):
+    """Gymnasium's own environments, one after the other, with the seeds, the info and the autoreset of a BatchEnv.
+
+    Observations are Boxes. SyncVectorEnv would also gather the info of every step, for a tenth of HalfCheetah's time.
+    """
 
     def __init__(self, env_id: str, num_envs: int, split: str = "train", **kwargs: Any):
-        make = [lambda: gym.make(env_id, **kwargs)] * num_envs
-        super().__init__(gym.vector.SyncVectorEnv(make, autoreset_mode=AutoresetMode.SAME_STEP))
+        self.envs = [gym.make(env_id, **kwargs) for _ in range(num_envs)]
+        first = self.envs[0]
+        self.num_envs, self.render_mode = num_envs, first.render_mode
+        self.metadata = {**first.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+        self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
+        self.observation_space = batch_space(first.observation_space, num_envs)
+        self.action_space = batch_space(first.action_space, num_envs)
+        self.obs = create_empty_array(first.observation_space, num_envs)  # where each row is now
         self.split, self.steps, self.seed = split, 0, 0
         self.episode_return, self.episode_length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
 
-    def reset(self, *, seed: int | list | None = None, options: dict | None = None) -> tuple[Any, dict]:
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
-        self.episode_return[mask], self.episode_length[mask] = 0, 0
+    def reset(self, *, seed: int | list | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """As in a BatchEnv; other options than reset_mask go to the environments."""
+        options = dict(options or {})
+        rows = np.flatnonzero(options.pop("reset_mask", np.ones(self.num_envs, bool)))
+        seeds = [None] * self.num_envs
         if seed is not None:  # one integer for each, as Gymnasium's environments take no other seed
             self.seed = seed if np.isscalar(seed) else 0
-            seeds = seed_of_each(seed, self.num_envs)
-            seed = [int(sequence(s, self.split).generate_state(1)[0]) for s in seeds]
-        return self.env.reset(seed=seed, options=options)
+            sequences = [sequence(s, self.split) for s in seed_of_each(seed, self.num_envs)]
+            seeds = [int(s.generate_state(1)[0]) for s in sequences]
+        for i in rows:
+            self._begin(i, seed=seeds[i], options=options or None)
+        return self.obs.copy(), {}
 
-    def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict]:
-        obs, reward, terminated, truncated, info = self.env.step(actions)
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        reward = np.zeros(self.num_envs)
+        terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
+        for i, env in enumerate(self.envs):
+            self.obs[i], reward[i], terminated[i], truncated[i], _ = env.step(actions[i])
         self.steps += 1
         self.episode_return += reward
         self.episode_length += 1
-        done = terminated | truncated
+        done, info = terminated | truncated, {}
         if done.any():
-            final_obs = obs.copy()
-            final_obs[done] = np.stack(info["final_obs"][done])
             episode = {"r": self.episode_return.copy(), "l": self.episode_length.copy()}
-            info = {"final_obs": final_obs, "_final_obs": done, "episode": episode, "_episode": done}
-            self.episode_return[done], self.episode_length[done] = 0, 0
-        return obs, reward, terminated, truncated, info
+            info = {"final_obs": self.obs.copy(), "_final_obs": done, "episode": episode, "_episode": done}
+            for i in np.flatnonzero(done):
+                self._begin(i)
+        return self.obs.copy(), reward, terminated, truncated, info
+
+    def _begin(self, i: int, **how: Any) -> None:
+        self.episode_return[i], self.episode_length[i] = 0, 0
+        self.obs[i], _ = self.envs[i].reset(**how)
 
     def state_dict(self) -> dict:
         """Gymnasium's environments have no snapshot; this says where fresh episodes are to begin instead."""
         return {"fresh_episodes": True, "seed": self.seed, "steps": self.steps}
 
-    def load_state_dict(self, state: dict) -> Any:
+    def load_state_dict(self, state: dict) -> np.ndarray:
         """Begin episodes that this seed has not played before. Returns their first observation."""
+        obs, _ = self.reset(seed=[[state["seed"], i, state["steps"]] for i in range(self.num_envs)])
         self.seed, self.steps = state["seed"], state["steps"]
-        obs, _ = self.reset(seed=[[self.seed, i, self.steps] for i in range(self.num_envs)])
         return obs
 
     def render(self) -> np.ndarray | None:
-        return self.env.envs[0].render()
+        return self.envs[0].render()
+
+    def close_extras(self, **kwargs: Any) -> None:
+        for env in self.envs:
+            env.close()

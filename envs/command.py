@@ -135,7 +135,16 @@ def checked(args: Any) -> Any:
     for field in fields(args):
         value = getattr(args, field.name)
         refuse(isinstance(value, float) and not np.isfinite(value), field.name, "a finite number")
-    for name in ("eval_every", "eval_episodes", "checkpoint_every", "critic_warmup", "seed", "eval_seed", "ent_coef", "vf_coef"):
+    for name in (
+        "eval_every",
+        "eval_episodes",
+        "checkpoint_every",
+        "critic_warmup",
+        "seed",
+        "eval_seed",
+        "ent_coef",
+        "vf_coef",
+    ):
         refuse(getattr(args, name) < 0, name, "0 or more")
     for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
         refuse(getattr(args, name) is not None and getattr(args, name) <= 0, name, "above 0")
@@ -209,11 +218,14 @@ def load_config(path: str) -> dict:
 
 
 def load_to_resume(args: Any, last_step: int, kind: str) -> dict | None:
-    """The checkpoint that args.resume names, or None without one; args must continue its run.
+    """The checkpoint that args.resume names, or None without one; args must continue its run, up to last_step.
 
     Raises:
         UserError: args differ in more than the total and the place, or the run is complete.
     """
+    if last_step < args.total_timesteps:
+        rollout = f"whole rollouts of {args.num_envs * args.num_steps:,}"
+        print(f"{last_step:,} of {args.total_timesteps:,} steps: {rollout}", file=sys.stderr)
     if args.resume is None:
         return None
     checkpoint = load_checkpoint(find_checkpoint(args.resume), kind)

@@ -20,11 +20,14 @@ Policy = Callable[[Any], np.ndarray]
 ROWS = 24  # environments that an evaluation steps together; more would stand idle while the last episodes end
 
 
-def rollout(policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callable | None = None) -> list[dict]:
-    """Play `episodes` episodes in the rows of the vector environment `vec`.
+def rollout(
+    policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callable | None = None, first: int = 0
+) -> list[dict]:
+    """Play `episodes` episodes, numbered from `first` on, in the rows of the vector environment `vec`.
 
     Episode i starts from SeedSequence([seed, i]) whatever row it is played in, so it has the same start and the same
-    random draws however many rows there are. on_step(done (N,)) is called after every step.
+    random draws however many rows there are. on_step(playing, reward, done) is called after every step, each (N,):
+    the episode that a row played, what it got, whether it ended.
 
     Returns:
         One dict an episode: return, length, success (None where the task has none) and the task's own metrics.
@@ -32,12 +35,12 @@ def rollout(policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callabl
     Raises:
         FloatingPointError: an action or a reward is not finite.
     """
-    limit = getattr(vec, "num_episodes", None)
-    if limit is not None and episodes > limit:
-        raise UserError(f"{episodes} episodes of the {vec.split} split, which has {limit}; ask for at most so many")
-    playing = np.arange(vec.num_envs)  # the episode in each row; one >= episodes is played but not counted
+    limit, last = getattr(vec, "num_episodes", None), first + episodes
+    if limit is not None and last > limit:
+        raise UserError(f"{last} episodes of the {vec.split} split, which has {limit}; ask for at most so many")
+    playing = first + np.arange(vec.num_envs)  # the episode in each row; one >= last is played but not counted
     results: list[dict | None] = [None] * episodes
-    missing, started = episodes, vec.num_envs
+    missing, started = episodes, first + vec.num_envs
     obs, _ = vec.reset(seed=[[seed, int(i)] for i in playing])
     if hasattr(policy, "reset"):
         policy.reset(np.arange(vec.num_envs), vec)
@@ -48,13 +51,14 @@ def rollout(policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callabl
         require_finite_episodes("reward", reward, playing)
         done = as_numpy(terminated | truncated)
         if on_step is not None:
-            on_step(done)
+            on_step(playing, as_numpy(reward), done)
         if not done.any():
             continue
         for i in np.flatnonzero(done):
-            if playing[i] < episodes:
-                results[playing[i]] = episode_result(info, i)
+            if playing[i] < last:
+                results[playing[i] - first] = episode_result(info, i)
                 missing -= 1
+        playing = playing.copy()
         playing[done] = started + np.arange(done.sum())
         started += done.sum()
         if missing:  # the row has begun an episode of its own choice: replace it by the one whose turn it is
@@ -102,8 +106,9 @@ def evaluate(policy: Policy, args: Any, split: str = "test", video: Path | None 
         What --json writes, without the policy's name; what the task does not define is None.
     """
     env_kwargs = {**args.env_kwargs, **args.eval_env_kwargs, **getattr(policy, "env_kwargs", {})}
-    render_mode = args.render or ("rgb_array" if video else None)
-    rows = 1 if args.render else min(ROWS, args.eval_episodes or ROWS)  # a window shows row 0: let all be played there
+    window = getattr(args, "render", None)
+    render_mode = window or ("rgb_array" if video else None)
+    rows = 1 if window else min(ROWS, args.eval_episodes or ROWS)  # a window shows row 0: let all be played there
     vec = envs.make_vec(
         args.env_id, rows, training=False, split=split, threads=args.threads, render_mode=render_mode, **env_kwargs
     )
@@ -111,7 +116,9 @@ def evaluate(policy: Policy, args: Any, split: str = "test", video: Path | None 
         film = Film(vec, video) if video else None
         episodes = args.eval_episodes or getattr(vec, "num_episodes", None)
         if episodes is None:
-            raise UserError(f"--eval-episodes 0 means all there are, but {args.env_id} has no end of them; give a number")
+            raise UserError(
+                f"--eval-episodes 0 means all there are, but {args.env_id} has no end of them; give a number"
+            )
         results = rollout(policy, vec, episodes, args.eval_seed, film)
     finally:
         vec.close()
@@ -127,7 +134,7 @@ class Film:
 
         self.vec, self.path, self.clip, self.frames = vec, path, ImageSequenceClip, []
 
-    def __call__(self, done: np.ndarray) -> None:
+    def __call__(self, playing: np.ndarray, reward: np.ndarray, done: np.ndarray) -> None:
         if self.frames is None:
             return
         if not done[0]:  # at the end of an episode the row already shows the next one

@@ -196,6 +196,29 @@ def plain(x: Any) -> Any:
     return x.item() if isinstance(x, np.generic) else x
 
 
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Arrays by name, compressed; the directory is made if there is none."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, buffer.getvalue())
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """What write_npz wrote; nothing in the file is executed.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; record it with collect, or name another") from None
+    except Exception as error:  # zipfile's, numpy's and zlib's exceptions have no common base
+        raise UserError(f"{path}: damaged or not an .npz file; record it anew") from error
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
@@ -343,10 +366,12 @@ class Run:
         args: its Args.
         device: where the networks live.
         resumed: the checkpoint it continues from, if any: what the directory holds beyond its step is cut off.
+        total: the step at which it is complete.
     """
 
-    def __init__(self, script: str, args: Any, device: torch.device, resumed: dict | None):
+    def __init__(self, script: str, args: Any, device: torch.device, resumed: dict | None, total: int):
         self.args, self.start_time, self.start_step = args, time.time(), resumed["step"] if resumed else 0
+        self.total = total
         self.snapshot: dict | None = None
         self.fresh_episodes = resumed is not None and "fresh_episodes" in resumed["envs"]
         self.finished = False
@@ -360,10 +385,6 @@ class Run:
             raise UserError(f"{self.folder} cannot be made ({error.strerror}); choose another --run-root") from None
         if source is not None:
             self._cut(source, resumed)
-        batch = args.num_envs * args.num_steps
-        if args.total_timesteps % batch:
-            whole = args.total_timesteps // batch * batch
-            print(f"{whole:,} of {args.total_timesteps:,} steps: whole rollouts of {batch:,}", file=sys.stderr)
         now = {
             "git_commit": git_commit(),
             "python": platform.python_version(),
@@ -387,7 +408,8 @@ class Run:
 
     def _folder(self, script: str, args: Any) -> tuple[Path, Path | None]:
         """Where the run lies, and where the run lies that it continues."""
-        source = run_folder(args.resume) if args.resume is not None else None
+        resume = getattr(args, "resume", None)
+        source = run_folder(resume) if resume is not None else None
         if source is not None and args.run_name in (None, source.name):
             return source, source
         if args.run_name is not None:
@@ -492,11 +514,11 @@ class Run:
         path = self.folder / "progress.csv"
         append(path, csv_text([row], header=not path.exists() or path.stat().st_size == 0))
 
-        parts = [f"{step:>9,}/{self.args.total_timesteps:,} steps", f"{sps:,.0f} steps/s"]
+        parts = [f"{step:>9,}/{self.total:,} steps", f"{sps:,.0f} steps/s"]
         for label, name in (("return", "rollout/ep_reward"), ("success", "rollout/success_rate_100")):
             if name in known:
                 parts.append(f"{label} {known[name]:.2f}")
-        line = "  ".join([*parts, f"{(self.args.total_timesteps - step) / sps:.0f} s left"])
+        line = "  ".join([*parts, f"{(self.total - step) / sps:.0f} s left"])
         if sys.stderr.isatty():
             print("\r" + line.ljust(90), end="", file=sys.stderr, flush=True)
         elif "eval/mean_reward" in known:  # a log file gets a line at each evaluation
@@ -545,14 +567,22 @@ def evaluation_scalars(evaluation: dict | None) -> dict[str, float | None]:
 
 
 def parents(args: Any) -> dict[str, dict]:
-    """The files a run starts from, {path: sha256 and what their own run said}: --pretrained and ONNX base policies."""
-    files = [policy_file(args.pretrained)] if args.pretrained is not None else []
+    """The files a run starts from, {path: sha256 and what their own run said}: --pretrained, ONNX base policies, and the
+    dataset of a clone."""
+    pretrained = getattr(args, "pretrained", None)
+    files = [policy_file(pretrained)] if pretrained is not None else []
+    files += [dataset_file(args)] if hasattr(args, "dataset") else []
     files += [Path(part) for part in getattr(args, "base_policy", "").split(":") if part.endswith(".onnx")]
     configs = [file.parent / "config.json" for file in files]
     return {
         str(file): {"sha256": sha256(file), "config": read_json(config) if config.exists() else None}
         for file, config in zip(files, configs)
     }
+
+
+def dataset_file(args: Any) -> Path:
+    """Where the demonstrations named args.dataset lie; the manifest beside them ends in .json."""
+    return Path(args.run_root) / "datasets" / f"{args.dataset}.npz"
 
 
 def read_jsonl(path: Path) -> list[dict]:

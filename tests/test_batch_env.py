@@ -542,7 +542,7 @@ def test_fits_agrees_with_the_types_of_values(value):
 
 
 def test_gymnasium_splits_share_no_start():
-    starts = [envs.make_vec("Pendulum-v1", 2, seed=1, split=split).env.envs[0].unwrapped.state for split in SPLITS]
+    starts = [envs.make_vec("Pendulum-v1", 2, seed=1, split=split).envs[0].unwrapped.state for split in SPLITS]
     assert len({tuple(state) for state in starts}) == 3
 
 
