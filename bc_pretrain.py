@@ -83,7 +83,7 @@ class Args:
     weight_decay: float = 0.0
     """decoupled weight decay (AdamW); 0 is Adam"""
     norm_obs: bool | None = None
-    """normalise observations by their mean and standard deviation, as the PPO run to come does; as tuned if not given"""
+    """normalise observations by their mean and standard deviation, as the PPO run to come; as tuned if not given"""
     init_log_std: float = -0.5
     """logarithm of the policy's standard deviation, which mse leaves as it is"""
     hidden_sizes: tuple[int, ...] = (64, 64)
@@ -211,9 +211,9 @@ class Recorder:
 def collect(args: CollectArgs) -> Path:
     """Play the expert on the published task's training split and write its demonstrations. Returns their file.
 
-    The .npz holds flat arrays over all steps, obs (n, obs_dim), action (n, action_dim) as the expert meant it and reward
-    (n,); `start` (episodes + 1,) says where each episode begins and the last one ends; returns and successes are one for
-    each episode.
+    The .npz holds flat arrays over all steps, obs (n, obs_dim), action (n, action_dim) as the expert meant it and
+    reward (n,); `start` (episodes + 1,) says where each episode begins and the last one ends; returns and successes
+    are one for each episode.
 
     Raises:
         UserError: no such expert or environment, or too few episodes.

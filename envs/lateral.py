@@ -39,6 +39,7 @@ from envs.lateral_segments import (
     split_of,
     synthetic,
 )
+from envs.raster import Window, charts
 from envs.run import UserError
 
 EMBEDDED = Path(__file__).parent / "assets" / "lateral_dynamics.onnx"
@@ -347,7 +348,8 @@ class LateralControl(BatchEnv):
     """N cars on segments of the comma controls challenge, steps 100 to 499.
 
     Action: in "delta" mode one number in [-1, 1], the change of the steering in units of 0.2; in "absolute" mode the
-    steering itself, in [-2, 2], right-positive... (see Road). Observation: see `observation`.
+    steering itself, in [-2, 2]. Positive steering and positive lateral acceleration are to the same side. Observation:
+    see `observation`.
 
     With training=False row i plays the segments i, i + N, ... of the split in order (an episode's seed [s, k] means
     segment k), with the official simulator's noise, and the reward sums to minus the official total_cost. With
@@ -408,6 +410,7 @@ class LateralControl(BatchEnv):
         self.staggered = False
         self.uniform, self.lat, self.steer = (np.zeros((num_envs, STEPS)) for _ in range(3))
         self.known_steer, self.integral = np.zeros((num_envs, MEMORY)), np.zeros(num_envs)
+        self.window: Window | None = None
 
     def reset(self, *, seed: int | list | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         if seed is not None:
@@ -482,6 +485,29 @@ class LateralControl(BatchEnv):
 
     def observe(self, rows: np.ndarray) -> np.ndarray:
         return observation(self.knowledge(rows))
+
+    def render(self) -> np.ndarray | None:
+        """Charts of row 0's episode so far; None in human mode, where a window shows them."""
+        n, segment = self.sim.t[0] - FIRST, self.sim.segment[0]
+        road = {name: getattr(self.road, name)[segment, FIRST : FIRST + n] for name in ("target", "v")}
+        lat = [("target", (120, 120, 120), road["target"]), ("actual", (200, 40, 40), self.lat[0, :n])]
+        frame = charts(
+            [
+                (f"lateral acceleration (m/s^2), {self.road.names[segment]}", lat),
+                ("steering", [("steer", (30, 90, 200), self.steer[0, :n])]),
+                ("speed (m/s)", [("speed", (20, 130, 60), road["v"])]),
+            ],
+            STEPS,
+        )
+        if self.render_mode != "human":
+            return frame
+        self.window = self.window or Window("LateralControl-v0")
+        self.window.show(frame)
+        return None
+
+    def close_extras(self, **kwargs: Any) -> None:
+        if self.window is not None:
+            self.window.close()
 
     def state(self) -> dict[str, np.ndarray]:
         return {

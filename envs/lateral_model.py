@@ -14,23 +14,7 @@ BINS = np.linspace(-5, 5, 1024)  # lateral accelerations that the model can tell
 TEMPERATURE = np.float32(0.8)
 
 # Operators that act on each position by itself, as long as their constant operands are the same at every position
-ELEMENTWISE = [
-    "Abs",
-    "Add",
-    "Div",
-    "Erf",
-    "Exp",
-    "Gelu",
-    "Identity",
-    "Mul",
-    "Neg",
-    "Pow",
-    "Relu",
-    "Sigmoid",
-    "Sqrt",
-    "Sub",
-    "Tanh",
-]
+ELEMENTWISE = set("Abs Add Div Erf Exp Gelu Identity Mul Neg Pow Relu Sigmoid Sqrt Sub Tanh".split())  # noqa: SIM905
 
 
 class Dynamics:

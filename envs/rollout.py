@@ -13,9 +13,9 @@ from torch import nn
 import envs
 from envs.run import UserError, is_policy_path, policy_file, sha256, video_path, write_json
 
-# Batched observations (N, ...) -> actions (N, A). A policy with state also has reset(rows, vec), called as episodes begin
-# in these rows of the vector environment. One that needs other arguments of the environment than a learned policy, such
-# as an action mode, has them in env_kwargs.
+# Batched observations (N, ...) -> actions (N, A). A policy with state also has reset(rows, vec), called as episodes
+# begin in these rows of the vector environment. One that needs other arguments of the environment than a learned
+# policy, such as an action mode, has them in env_kwargs.
 Policy = Callable[[Any], np.ndarray]
 ROWS = 24  # environments that an evaluation steps together; more would stand idle while the last episodes end
 
@@ -227,8 +227,8 @@ def report(result: dict) -> None:
 
 
 class Deployed:
-    """A trained network as a policy: its most likely actions. It computes in float64 and rounds, or else the last bits of
-    an action would depend on how many observations share its batch."""
+    """A trained network as a policy: its most likely actions. It computes in float64 and rounds, or else the last bits
+    of an action would depend on how many observations share its batch."""
 
     def __init__(self, agent: nn.Module):
         self.agent = deepcopy(agent).cpu().double()

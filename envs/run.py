@@ -567,8 +567,8 @@ def evaluation_scalars(evaluation: dict | None) -> dict[str, float | None]:
 
 
 def parents(args: Any) -> dict[str, dict]:
-    """The files a run starts from, {path: sha256 and what their own run said}: --pretrained, ONNX base policies, and the
-    dataset of a clone."""
+    """The files a run starts from, {path: sha256 and what their own run said}: --pretrained, ONNX base policies and the
+    demonstrations of a clone."""
     pretrained = getattr(args, "pretrained", None)
     files = [policy_file(pretrained)] if pretrained is not None else []
     files += [dataset_file(args)] if hasattr(args, "dataset") else []

@@ -80,8 +80,8 @@ class Cars:
     motor_lag = 0.05  # s
     motor_limit = 2.4  # the motor saturates softly here, units of steer
     mass, lf, lr = 1500.0, 1.3, 1.5  # kg, m, m
-    gust_tau = 1.0  # s
-    white = 0.3  # share of the unforeseeable variance that does not last
+    gust_tau = 2.0  # s
+    white = 0.2  # share of the unforeseeable variance that does not last
 
     def __init__(self, n: int, rng: np.random.Generator):
         def vary(value: float, sd: float) -> np.ndarray:
