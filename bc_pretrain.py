@@ -175,9 +175,10 @@ class Agent(nn.Module):
         """log pi(action | obs) (...), the policy's entropy () and V(obs) (...)."""
         obs = self.normalizer(obs)
         # log N(a; mu, sigma) = -z^2 / 2 - log sigma - log(2 pi) / 2 with z = (a - mu) / sigma, summed over components
-        z = (action - self.actor(obs)) * torch.exp(-self.log_std)
-        logprob = (-0.5 * z.square() - self.log_std - 0.5 * log(2 * pi)).sum(-1)
-        entropy = (self.log_std + 0.5 * log(2 * pi) + 0.5).sum()
+        z = (action - self.actor(obs)) / self.log_std.exp()
+        log_scale = (self.log_std + 0.5 * log(2 * pi)).sum()
+        logprob = -0.5 * z.square().sum(-1) - log_scale
+        entropy = log_scale + 0.5 * len(self.log_std)
         return logprob, entropy, self.critic(obs).squeeze(-1)
 
 

@@ -146,12 +146,17 @@ class Args:
 # {environment: settings that differ from the defaults above}; --env-id X --help shows the values in force.
 CLEANRL = {"num_envs": 1, "num_steps": 2048}  # one environment, as CleanRL's published runs
 TUNED: dict[str, dict] = {
-    "LateralControl-v0": {},
+    "LateralControl-v0": {
+        "total_timesteps": 600_000, "num_envs": 128, "num_steps": 50, "minibatch_size": 1600, "update_epochs": 8,
+        "learning_rate": 1e-3, "gamma": 0.9, "gae_lambda": 0.9, "clip_value": False, "target_kl": 0.03,
+        "norm_obs": False,  # the observations are scaled by hand
+        "group_size": 8, "init_log_std": -1.0, "final_log_std": -3.0, "eval_every": 60_000, "eval_episodes": 0,
+    },
     "HalfCheetah-v5": CLEANRL,
     "Hopper-v5": CLEANRL,
     "Walker2d-v5": CLEANRL,
     "InvertedDoublePendulum-v5": CLEANRL,
-}
+}  # fmt: skip
 
 
 class Normalizer(nn.Module):
@@ -188,11 +193,12 @@ class RewardScaler(nn.Module):
 
     def forward(self, reward: Tensor, done: Tensor) -> Tensor:
         """reward, done: (T, N) -> scaled reward (T, N)."""
-        returns = torch.empty_like(reward)
-        for t in range(len(reward)):
-            returns[t] = self.gamma * self.returns + reward[t]
-            self.returns.copy_(returns[t] * ~done[t])  # the next episode starts from zero
-        self.stats.update(returns.flatten())
+        returns, following = [], self.returns
+        for r, ended in zip(reward, done):
+            returns.append(self.gamma * following + r)
+            following = returns[-1] * ~ended  # the next episode starts from zero
+        self.returns.copy_(following)
+        self.stats.update(torch.cat(returns))
         return (reward * torch.rsqrt(self.stats.var + 1e-8)).clamp(-10, 10)
 
 
@@ -239,9 +245,10 @@ class Agent(nn.Module):
         """log pi(action | obs) (...), the policy's entropy () and V(obs) (...)."""
         obs = self.normalizer(obs)
         # log N(a; mu, sigma) = -z^2 / 2 - log sigma - log(2 pi) / 2 with z = (a - mu) / sigma, summed over components
-        z = (action - self.actor(obs)) * torch.exp(-self.log_std)
-        logprob = (-0.5 * z.square() - self.log_std - 0.5 * log(2 * pi)).sum(-1)
-        entropy = (self.log_std + 0.5 * log(2 * pi) + 0.5).sum()
+        z = (action - self.actor(obs)) / self.log_std.exp()
+        log_scale = (self.log_std + 0.5 * log(2 * pi)).sum()
+        logprob = -0.5 * z.square().sum(-1) - log_scale
+        entropy = log_scale + 0.5 * len(self.log_std)
         return logprob, entropy, self.critic(obs).squeeze(-1)
 
 
@@ -317,14 +324,15 @@ def ppo_loss(agent: Agent, args: Args, critic_only: bool, *minibatch: Tensor) ->
 
     # L_clip = E[min(r A, clip(r, 1 - eps, 1 + eps) A)]
     if args.norm_adv:
-        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        std, mean = torch.std_mean(advantage)
+        advantage = (advantage - mean) / (std + 1e-8)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(advantage * ratio, advantage * clipped_ratio).mean()
 
     # L_value = E[(V - target)^2] / 2; with clipping the larger of the errors with V and with V kept near its old value
     value_error = (value - target).square()
     if args.clip_value:
-        clipped_value = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
+        clipped_value = value.clamp(old_value - args.clip_coef, old_value + args.clip_coef)
         value_error = torch.max(value_error, (clipped_value - target).square())
     value_loss = 0.5 * value_error.mean()
 
@@ -332,16 +340,17 @@ def ppo_loss(agent: Agent, args: Args, critic_only: bool, *minibatch: Tensor) ->
     loss = args.vf_coef * value_loss
     if not critic_only:
         loss = loss + policy_loss - args.ent_coef * entropy
-    approx_kl = (ratio - 1 - log_ratio).mean()  # unbiased and never negative: http://joschu.net/blog/kl-approx.html
-    clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
-    return loss, torch.stack([policy_loss, value_loss, -entropy, approx_kl, clip_fraction]).detach()
+    with torch.no_grad():
+        approx_kl = (ratio - 1 - log_ratio).mean()  # unbiased and never negative: http://joschu.net/blog/kl-approx.html
+        clip_fraction = (ratio != clipped_ratio).float().mean()
+        return loss, torch.stack([policy_loss, value_loss, -entropy, approx_kl, clip_fraction])
 
 
 def compute_gradient(agent: Agent, args: Args, critic_only: bool, *minibatch: Tensor) -> Tensor:
     """Leaves the clipped gradient of the loss in the agent's parameters. --compile compiles this function."""
     loss, stats = ppo_loss(agent, args, critic_only, *minibatch)
     loss.backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=False)  # a form that compiles well
     return stats
 
 

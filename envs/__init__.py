@@ -39,9 +39,13 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any)
         known = inspect.signature(cls).parameters if native else ()
         optional = ("training", "split", "threads") if native else ("training", "threads")
         kwargs = {name: value for name, value in kwargs.items() if name in known or name not in optional}
+        if "copies" in kwargs and "copies" not in known:
+            raise UserError(f"--group-size: {spec.id} cannot put several environments in one situation; leave it out")
         if native:
             check_kwargs(cls, kwargs)
         vec = cls(num_envs=num_envs, **kwargs) if native else GymVec(spec.id, num_envs, **kwargs)
+    except UserError:
+        raise
     except (TypeError, ValueError, ImportError, OSError, gym.error.Error) as error:
         raise UserError(f"{spec.id}: {error}") from error
     if seed is not None:

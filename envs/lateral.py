@@ -26,7 +26,7 @@ import gymnasium as gym
 import numpy as np
 
 from envs.batch_env import BatchEnv, SingleEnv, seed_of_each
-from envs.lateral_model import BINS, Dynamics, draw, tokens_of
+from envs.lateral_model import BINS, Dynamics, distribution, draw, tokens_of
 from envs.lateral_segments import (
     CONTEXT,
     DT,
@@ -51,6 +51,7 @@ WORST_COST = 200.0  # policies are compared with each segment's cost cut off her
 WARM_UP = 20  # the official simulator begins to ask the controller at this step; its answers count from FIRST on
 
 PAST, AHEAD = 7, 40  # rows before and after the present one that a controller looks at
+CLIP = 10.0  # of the observations
 MEMORY = 6  # steps of its own steering and of the car's response that it remembers
 
 
@@ -123,12 +124,20 @@ class Simulator:
         push(self.steer, np.clip(steer, -MAX_STEER, MAX_STEER))
         where = self.segment[:, None], self.t[:, None] + np.arange(1 - CONTEXT, 1)
         states = np.concatenate([self.steer[:, :, None].astype(np.float32), self.road.states[where]], axis=2)
-        bins = draw(self.dynamics.logits(states, tokens_of(self.lat)), uniform)
-        last = self.lat[:, -1]
+        self.probability = distribution(self.dynamics.logits(states, tokens_of(self.lat)))
+        bins, last = draw(self.probability, uniform), self.lat[:, -1]
         lat = np.clip(BINS[bins], last - MAX_JUMP, last + MAX_JUMP)
         push(self.lat, lat)
         self.t += 1
         return lat
+
+    def expected_cost(self, target: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """E[(target - lat)^2] and E[(lat - last)^2] (N,) of the step just made, over all that it could have drawn."""
+        change = np.clip(BINS.astype(np.float32) - last[:, None].astype(np.float32), -MAX_JUMP, MAX_JUMP)
+        mean = (self.probability * change).sum(1)
+        square = (self.probability * change**2).sum(1)
+        gap = target - last
+        return gap**2 - 2 * gap * mean + square, square
 
 
 def push(history: np.ndarray, new: np.ndarray) -> None:
@@ -164,7 +173,7 @@ def estimate_steer(target: np.ndarray, roll: np.ndarray, v: np.ndarray) -> np.nd
 
 
 def observation(known: Knowledge) -> np.ndarray:
-    """The policy's 46 inputs (N, 46) float32, each of order 1, clipped to +-5: tracking errors, the car's and the
+    """The policy's 46 inputs (N, 46) float32, each of order 1, clipped to +-10: tracking errors, the car's and the
     controller's own last moves, the present state, and how target, bank and speed will change."""
     target, roll, v, a = (x[:, PAST:] for x in known[:4])  # from the present row on
     last = known.steer[:, -1]
@@ -193,7 +202,7 @@ def observation(known: Knowledge) -> np.ndarray:
         20 * np.square(error[:, -1]),
     ]
     x = np.concatenate([c if c.ndim == 2 else c[:, None] for c in columns], axis=1)
-    return np.clip(x, -5, 5).astype(np.float32)
+    return np.clip(x, -CLIP, CLIP).astype(np.float32)
 
 
 OBSERVATIONS = 46
@@ -355,11 +364,13 @@ class LateralControl(BatchEnv):
     segment k), with the official simulator's noise, and the reward sums to minus the official total_cost. With
     training=True segments and noise are random, and the reward is
 
-        -w (5000 (target - lat)^2 + 10000 (change of lat)^2) / 100,    w = 100 / (100 + jerk_cost of the target itself)
+        -w E[5000 (target - lat)^2 + 10000 (change of lat)^2] / 100,    w = 100 / (100 + jerk_cost of the target itself)
 
-    so that extreme roads do not dominate; the first episode after a seeded reset ends at a random step, so that cars
-    are not all in the same phase. An episode's end is always a time limit. Its info has lataccel_cost, jerk_cost and
-    total_cost.
+    where w keeps extreme roads from dominating, and the expectation is over what the simulator could have drawn in this
+    step: the same on average as the cost of what it drew, but without that draw's noise. The first episode after a
+    seeded reset ends at a random step, so that cars are not all in the same phase. An episode's end is always a time
+    limit. Its info has lataccel_cost, jerk_cost, total_cost, and score, minus total_cost but at least -200, by which
+    policies are chosen.
 
     Args:
         num_envs: cars, N.
@@ -395,7 +406,7 @@ class LateralControl(BatchEnv):
         if copies < 1:
             raise ValueError(f"copies must be at least 1, not {copies}")
         bound = 1.0 if action_mode == "delta" else MAX_STEER
-        box = gym.spaces.Box(-5, 5, (OBSERVATIONS,), np.float32)
+        box = gym.spaces.Box(-CLIP, CLIP, (OBSERVATIONS,), np.float32)
         super().__init__(
             num_envs, box, gym.spaces.Box(-bound, bound, (1,), np.float32), STEPS, training, split, render_mode
         )
@@ -452,11 +463,12 @@ class LateralControl(BatchEnv):
         push(self.known_steer, steer)
         self.integral = leaky(self.integral, self.road.target[sim.segment, sim.t] - lat)
 
-        error = np.square(self.road.target[sim.segment, sim.t - 1] - lat)
-        change = np.square(lat - before) * (i > 0)  # the official jerk begins with the second step
+        target = self.road.target[sim.segment, sim.t - 1]
         if self.training:
-            reward = -self.weight[sim.segment] * (5000 * error + 10000 * change) / 100
-        else:
+            error, change = sim.expected_cost(target, before)
+            reward = -self.weight[sim.segment] * (5000 * error + 10000 * change * (i > 0)) / 100
+        else:  # the official jerk begins with the second step
+            error, change = np.square(target - lat), np.square(lat - before) * (i > 0)
             reward = -(5000 / STEPS * error + 10000 / (STEPS - 1) * change)
         ended = np.flatnonzero(self.episode_length + 1 >= self.limit)
         return reward, np.zeros(self.num_envs, bool), self._costs(ended) if len(ended) else {}

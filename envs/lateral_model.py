@@ -60,12 +60,16 @@ def tokens_of(lat: np.ndarray) -> np.ndarray:
     return np.digitize(np.clip(lat, BINS[0], BINS[-1]), BINS, right=True)
 
 
-def draw(logits: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """One bin for each row, (b, 1024) and (b,) -> (b,), with the very arithmetic of numpy's RandomState.choice over a
-    float32 softmax."""
+def distribution(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of the bins, (b, 1024) -> (b, 1024) float32, with the official simulator's arithmetic."""
     x = logits / TEMPERATURE
     e = np.exp(x - x.max(1, keepdims=True))
-    cdf = np.cumsum(e / e.sum(1, keepdims=True), axis=1, dtype=np.float64)
+    return e / e.sum(1, keepdims=True)
+
+
+def draw(probability: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """One bin for each row, (b, 1024) and (b,) -> (b,), with the arithmetic of numpy's RandomState.choice."""
+    cdf = np.cumsum(probability, axis=1, dtype=np.float64)
     cdf /= cdf[:, -1:]
     return (cdf <= uniform[:, None]).sum(1)
 

@@ -32,7 +32,7 @@ class Segment:
     name: str
     """file name, or split and number of a synthetic segment"""
     target: np.ndarray
-    """(T,) lateral acceleration wanted, m/s^2, left is positive"""
+    """(T,) lateral acceleration wanted, m/s^2; positive where positive steering leads"""
     roll: np.ndarray
     """(T,) lateral acceleration that the bank of the road gives, sin(roll angle) * 9.81, m/s^2"""
     v: np.ndarray
@@ -77,21 +77,19 @@ def load_segment(path: str | Path) -> Segment:
 
 def _column(path: Path, cells: dict[str, tuple[str, ...]], name: str, rows: int | None = None) -> np.ndarray:
     """The first rows of a column (None: all) as float64."""
+    values = np.array([_number(cell) for cell in cells[name][:rows]])
+    for row in np.flatnonzero(~np.isfinite(values))[:1]:
+        cell = cells[name][row].strip()
+        what = f"holds {cell[:20]!r} instead of a finite number" if cell else "is empty"
+        raise UserError(f"{path}, line {row + 2}: column {name} {what}; mend or remove the file")
+    return values
+
+
+def _number(cell: str) -> float:
     try:
-        values = np.array(list(map(float, cells[name][:rows])))
-        if np.isfinite(values).all():
-            return values
-    except ValueError:  # the search below names the cell
-        pass
-    for line, cell in enumerate(cells[name], start=2):
-        try:
-            finite = np.isfinite(float(cell))
-        except ValueError:
-            finite = False
-        if not finite:
-            what = "is empty" if not cell.strip() else f"holds {cell[:20]!r}, not a finite number"
-            raise UserError(f"{path}, line {line}: column {name} {what}; mend or remove the file")
-    raise AssertionError("a cell was refused, then accepted")
+        return float(cell)
+    except ValueError:
+        return np.nan
 
 
 def load_folder(path: str | Path) -> list[Segment]:
@@ -124,24 +122,27 @@ def steady_gain(v: np.ndarray) -> np.ndarray:
 
 def synthetic(split: str, count: int) -> list[Segment]:
     """The first `count` synthetic segments of a split; segment i depends on the split and i alone."""
+    if split not in SYNTHETIC:
+        raise UserError(f"split {split!r}: choose one of {', '.join(SYNTHETIC)}")
     key = list(SYNTHETIC).index(split)
     draws = [_draw(np.random.default_rng(np.random.SeedSequence(2024, spawn_key=(key, i)))) for i in range(count)]
     if not draws:
         return []
     # Rows are time, columns are segments: the recursions below loop over time only
     noise, uniform, traits, chances = (np.stack(parts, axis=-1) for parts in zip(*draws))
-    v, a = _speeds(noise[0], noise[1], traits[:3], chances)
-    target = _targets(noise[2:5], uniform, traits[3:5], v)
-    roll = _banks(noise[5], traits[5], v, target)
-    ahead = np.concatenate([target[3:], np.repeat(target[-1:], 3, axis=0)])  # the car answers 3 rows later
-    steer = 0.53 * (ahead / np.maximum(steady_gain(v), 0.05) - roll) + 0.05 * traits[6] + 0.02 * _ou(noise[6], 1.0)
-    columns = (np.ascontiguousarray(x.T) for x in (target, roll, v, a, np.clip(steer[:FIRST], -2, 2)))
+    v, a = _speeds(noise[:3], traits[:3], chances)
+    target = _targets(noise[3:6], uniform, traits[3:5], v)
+    roll = _banks(noise[6], traits[5:7], v, target)
+    # What a driver steers who knows that the car answers 3 rows later; the floor is for a car that stands
+    needed = target[3 : FIRST + 3] / np.maximum(steady_gain(v[:FIRST]), 0.05) - roll[:FIRST]
+    steer = np.clip(0.53 * needed + 0.05 * traits[7] + 0.02 * _ou(noise[7, :FIRST], 1.0), -2, 2)
+    columns = (np.ascontiguousarray(x.T) for x in (target, roll, v, a, steer))
     return [Segment(f"{split}_{i:05d}", *arrays) for i, arrays in enumerate(zip(*columns))]
 
 
 def _draw(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """All random numbers of one segment: noise (7, T), uniform (T,), traits (7,) normal, chances (4,) uniform."""
-    return rng.standard_normal((7, ROWS)), rng.random(ROWS), rng.standard_normal(7), rng.random(4)
+    """All random numbers of one segment: noise (8, T), uniform (T,), traits (8,) normal, chances (4,) uniform."""
+    return rng.standard_normal((8, ROWS)), rng.random(ROWS), rng.standard_normal(8), rng.random(4)
 
 
 def _lag(x: np.ndarray, tau: np.ndarray | float) -> np.ndarray:
@@ -164,42 +165,44 @@ def _ou(noise: np.ndarray, tau: float) -> np.ndarray:
     return y
 
 
-def _speeds(bumps: np.ndarray, drift: np.ndarray, traits: np.ndarray, chances: np.ndarray) -> tuple[np.ndarray, ...]:
+def _speeds(noise: np.ndarray, traits: np.ndarray, chances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Speed and acceleration (T, n) of a driver who follows a slowly changing wish and sometimes stops."""
-    highway, town = chances[0] < 0.64, (chances[0] >= 0.64) & (chances[0] < 0.87)
-    cruise = np.where(highway, 30 + 3.2 * traits[0], np.where(town, 11 + 13 * chances[1], 3 + 8 * chances[1]))
-    restless = np.where(highway, 0.15, 0.4) * np.exp(0.5 * traits[1])  # sd of the acceleration, m/s^2
-    stops = chances[2] < np.where(highway, 0.01, np.where(town, 0.3, 0.6))
-    begin, end = (ROWS * (chances[3] * 0.9 - 0.1), ROWS * (chances[3] * 0.9 - 0.1) + 80 * np.exp(0.5 * traits[2]))
-    wish = np.maximum(cruise * (1 + 0.07 * _ou(drift, 15.0)), 0)
-    bumps = restless * _lag(_ou(bumps, 1.5), 0.3)
-    v, a = np.empty_like(wish), np.empty_like(wish)
-    v[0], a[0] = wish[0], 0
-    for t in range(1, len(wish)):
-        goal = np.where(stops & (t >= begin) & (t < end), -1.0, wish[t])
-        pull = np.clip((goal - v[t - 1]) / 4, -2.0, 1.5)
-        a[t] = a[t - 1] + 0.15 * (pull - a[t - 1]) + 0.3 * (bumps[t] - bumps[t - 1])
+    # 58 % of the segments are on a highway, 29 % in town, the rest in slow streets
+    highway, town = chances[0] < 0.58, (chances[0] >= 0.58) & (chances[0] < 0.87)
+    cruise = np.where(highway, 30 + 2.6 * traits[0], np.where(town, 11 + 13 * chances[1], 4 + 7 * chances[1]))
+    wish = np.maximum(cruise * (1 + np.where(highway, 0.05, 0.15) * _ou(noise[0], 15.0)), 0)
+    bumps = np.where(highway, 0.1, 0.3) * np.exp(0.5 * traits[1]) * _lag(_ou(noise[1], 1.5), 0.3)  # m/s^2
+    stops = chances[2] < np.where(highway, 0.03, np.where(town, 0.27, 0.55))
+    begin = ROWS * (0.8 * chances[3] - 0.1)
+    end = begin + 120 * np.exp(0.5 * traits[2])
+    v, a = np.empty_like(wish), np.zeros_like(wish)
+    v[0] = wish[0]
+    for t in range(1, ROWS):
+        goal = np.where(stops & (begin <= t) & (t < end), -1.0, wish[t])
+        pull = np.clip((goal - v[t - 1]) / 3, -2.2, 1.6)
+        a[t] = a[t - 1] + 0.2 * (pull - a[t - 1]) + bumps[t] - bumps[t - 1]
         v[t] = np.maximum(v[t - 1] + DT * a[t], 0)
-        a[t] = (v[t] - v[t - 1]) / DT
-    return v, a
+        a[t] = (v[t] - v[t - 1]) / DT  # none while the car stands
+    return v, a + 0.06 * noise[2]  # the sensor's noise
 
 
 def _targets(noise: np.ndarray, uniform: np.ndarray, traits: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Lateral acceleration (T, n) of a road whose bends begin at random, with the wobble of a planner on top."""
     start = np.where(uniform < DT / 4, np.arange(ROWS)[:, None], 0)  # a new bend every 4 s on average
-    size = 0.36 * np.exp(0.7 * np.clip(traits[0], -2, 1.7))  # of the segment's bends, m/s^2
+    size = 0.44 * np.exp(0.8 * np.clip(traits[0], -2.5, 1.4))  # of the segment's bends, m/s^2
     bend = size * np.take_along_axis(np.clip(noise[0], -2, 2), np.maximum.accumulate(start), axis=0)
     tau = 0.4 * np.exp(0.25 * traits[1])
     road = _lag(_lag(_lag(bend, tau), tau), tau)
-    wobble = np.sqrt(size) * (0.11 * _lag(_ou(noise[1], 1.0), 0.1) + 0.02 * _ou(noise[2], 0.1))
+    wobble = np.sqrt(size) * (0.115 * _lag(_ou(noise[1], 1.0), 0.1) + 0.022 * _ou(noise[2], 0.1))
     return np.clip((road + wobble) * steady_gain(v), -4.5, 4.5)
 
 
-def _banks(noise: np.ndarray, offset: np.ndarray, v: np.ndarray, target: np.ndarray) -> np.ndarray:
+def _banks(noise: np.ndarray, traits: np.ndarray, v: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Lateral acceleration (T, n) of a road's bank: it changes with the distance driven, and bends are banked."""
     keep = np.exp(-v * DT / 100)  # correlation length 100 m
     bank = np.empty_like(v)
     bank[0] = noise[0]
-    for t in range(1, len(v)):
+    for t in range(1, ROWS):
         bank[t] = keep[t] * bank[t - 1] + np.sqrt(1 - keep[t] ** 2) * noise[t]
-    return 0.13 + 0.18 * offset + 0.13 * _lag(_lag(bank, 0.5), 0.5) + 0.22 * _lag(_lag(target, 0.4), 0.4)
+    hilly = 0.1 * np.exp(0.5 * traits[1])
+    return 0.13 + 0.18 * traits[0] + hilly * _lag(_lag(bank, 0.5), 0.5) + 0.22 * _lag(_lag(target, 0.4), 0.4)

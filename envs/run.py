@@ -92,12 +92,31 @@ def prepare_torch(args: Any) -> torch.device:
 
 
 def compiled(function: Callable) -> Callable:
-    """torch.compile, able to see through loss.backward() where this version of PyTorch can."""
-    if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "g++", "clang++")):
-        raise UserError("--compile needs a C++ compiler (g++ or clang++); install one or leave --compile out")
+    """torch.compile, able to see through loss.backward() where this version of PyTorch can.
+
+    Raises:
+        UserError: there is no compiler; or, from the first call on, it failed.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # what PyTorch looks for
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"--compile needs a C++ compiler, and there is no {compiler}; install it or leave --compile out"
+        )
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # slow to import
+
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):
         torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function)
+    fast = torch.compile(function)
+
+    def call(*args: Any) -> Any:
+        try:
+            return fast(*args)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
+            remedy = f"delete PyTorch's cache {cache_dir()}, where a killed process may have left a damaged file"
+            raise UserError(f"--compile failed ({reason}); {remedy}, or leave --compile out") from error
+
+    return call
 
 
 def rng_state() -> dict:
@@ -349,6 +368,8 @@ def export_onnx(agent: nn.Module, obs_dim: int, path: Path, kind: str) -> None:
             verbose=False,
         )
     model = program.model_proto
+    for part in (*model.graph.node, *model.graph.value_info, *model.graph.initializer, model.graph, model):
+        part.ClearField("metadata_props")  # where the exporter notes source lines, with their absolute paths
     entry = model.metadata_props.add()
     entry.key, entry.value = "kind", kind
     write_whole(path, model.SerializeToString())

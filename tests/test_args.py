@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import importlib
 import json
 import re
 import typing
@@ -11,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
+import bc_pretrain
+import ppo_continuous
 import ppo_residual as ppo
 from envs import command, run
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
 PACKAGE = sorted((ROOT / "envs").rglob("*.py"))
-FIELDS = [field.name for field in dataclasses.fields(ppo.Args)]
-MAY_DIFFER = ("Args", "TUNED", "collect", "train", "main")
+PPO = [path.stem for path in SCRIPTS if path.stem.startswith("ppo_")]  # scripts that train by PPO
+MAY_DIFFER = ("Args", "TUNED", "collect", "train", "evaluate", "main")
 COMMON = [
     "seed", "total_timesteps", "num_envs", "num_steps", "minibatch_size", "update_epochs", "learning_rate",
     "anneal_lr", "gamma", "gae_lambda", "clip_coef", "clip_value", "ent_coef", "vf_coef", "max_grad_norm",
@@ -37,73 +40,134 @@ def functions(path):
     return [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
-def args_class():
-    return next(
-        node for node in tree(ROOT / "ppo_residual.py").body if isinstance(node, ast.ClassDef) and node.name == "Args"
-    )
+def args_classes(path):
+    """The dataclasses of settings of a script."""
+    kinds = [node for node in tree(path).body if isinstance(node, ast.ClassDef)]
+    return [node for node in kinds if any(ast.unparse(d) == "dataclass" for d in node.decorator_list)]
 
 
-def test_every_field_has_its_help_text_below_it():
-    body = args_class().body
-    for statement, following in zip(body, [*body[1:], None]):
-        if isinstance(statement, ast.AnnAssign):
-            text = following.value.value if isinstance(following, ast.Expr) else None
-            assert isinstance(text, str), f"{statement.target.id} has no help text"
-            assert len(text) > 10, statement.target.id
+def settings_of(script):
+    """Names of a script's settings."""
+    return [field.name for field in dataclasses.fields(importlib.import_module(script).Args)]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_field_has_its_help_text_below_it(path):
+    for body in [node.body for node in args_classes(path)]:
+        for statement, following in zip(body, [*body[1:], None]):
+            if isinstance(statement, ast.AnnAssign):
+                text = following.value.value if isinstance(following, ast.Expr) else None
+                assert isinstance(text, str), f"{statement.target.id} has no help text"
+                assert len(text) > 10, statement.target.id
+
+
+def test_the_classes_of_settings_are_found():
+    found = {path.stem: [node.name for node in args_classes(path)] for path in SCRIPTS}
+    assert found.pop("bc_pretrain") == ["CollectArgs", "Args"]
+    assert set(map(tuple, found.values())) == {("Args",)}
+    assert {"ppo_continuous", "ppo_residual"} <= set(PPO)
 
 
 def names_read(path):
-    """Attributes read from something called args, and strings, through which getattr may read them."""
-    attributes, strings = set(), set()
+    """Attributes read from something called args, also by getattr with the name written out."""
+    names = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            owner = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", None)
-            if owner in ("args", "chosen"):
-                attributes.add(node.attr)
-        if isinstance(node, ast.Constant):
-            strings.add(node.value)
-    return attributes, strings
+            owner, name = node.value, node.attr
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "getattr"
+            and isinstance(node.args[1], ast.Constant)
+        ):
+            owner, name = node.args[0], node.args[1].value
+        else:
+            continue
+        if (owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", None)) in ("args", "chosen"):
+            names.add(name)
+    return names
 
 
-def test_every_field_is_read():
-    read = set()
-    for path in [ROOT / "ppo_residual.py", *PACKAGE]:
-        read |= names_read(path)[0]
-    assert set(FIELDS) - read == set()
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_field_is_read(path):
+    read = set().union(*map(names_read, [path, *PACKAGE]))
+    for node in args_classes(path):
+        fields = {statement.target.id for statement in node.body if isinstance(statement, ast.AnnAssign)}
+        assert fields - read == set(), node.name
 
 
 def test_every_name_listed_in_run_is_a_field():
+    fields = set().union(*map(settings_of, PPO))
     for names in (command.MAY_CHANGE, command.NOT_INHERITED, command.EVALUATION_ONLY, command.USED_BY_EVALUATE):
-        assert set(names) <= set(FIELDS)
+        assert set(names) <= fields
 
 
-def test_args_have_the_settings_that_all_scripts_share():
-    assert set(COMMON) - set(FIELDS) == set()
+@pytest.mark.parametrize("script", PPO)
+def test_args_have_the_settings_that_all_scripts_share(script):
+    assert set(COMMON) - set(settings_of(script)) == set()
+
+
+@pytest.mark.parametrize("script", PPO)
+def test_settings_of_several_scripts_have_one_order_and_one_type(script):
+    own, others = (typing.get_type_hints(module.Args) for module in (importlib.import_module(script), ppo))
+    shared = [name for name in own if name in others]
+    assert [name for name in others if name in own] == shared
+    assert {name: own[name] for name in shared} == {name: others[name] for name in shared}
+
+
+def help_texts(path):
+    """{setting: text}"""
+    (node,) = args_classes(path)
+    pairs = zip(node.body, node.body[1:])
+    return {a.target.id: b.value.value for a, b in pairs if isinstance(a, ast.AnnAssign)}
+
+
+def test_settings_that_several_scripts_have_are_explained_alike():
+    """Those whose meaning differs with the task may have their own words."""
+    own_words = {"pretrained", "evaluate"}
+    texts = {script: help_texts(ROOT / f"{script}.py") for script in PPO}
+    for name in set(COMMON) - own_words:
+        assert len({of_script[name] for of_script in texts.values()}) == 1, name
 
 
 def test_defaults():
     args = ppo.Args()
     assert args.env_id == "SO101Paper-v0"
     assert args.base_policy == "ik"
+    assert ppo_continuous.Args().env_id == "LateralControl-v0"
+
+
+@pytest.mark.parametrize("script", PPO)
+def test_defaults_of_all(script):
+    module = importlib.import_module(script)
+    args = module.Args()
     assert args.run_root == "runs"
-    off = ("run_name", "config", "resume", "pretrained", "evaluate", "json", "render", "target_kl")
+    off = ("run_name", "config", "resume", "pretrained", "evaluate", "json", "render", "target_kl", "final_log_std")
     assert {name: getattr(args, name) for name in off} == dict.fromkeys(off)
     assert not any((args.track, args.capture_video, args.dry_run, args.compile, args.deterministic))
-    assert typing.get_args(typing.get_type_hints(ppo.Args)["device"]) == ("auto", "cpu", "cuda")
+    assert (args.group_size, args.critic_warmup) == (1, 0)
+    assert typing.get_args(typing.get_type_hints(module.Args)["device"]) == ("auto", "cpu", "cuda")
     command.checked(args)
+
+
+@pytest.mark.parametrize("script", PPO)
+def test_every_tuned_row_is_one_that_can_work(script):
+    module = importlib.import_module(script)
+    for choice in module.TUNED:
+        command.checked(module.Args.tuned(choice))
 
 
 @pytest.fixture
 def parse(monkeypatch):
     """What main() makes of a command line."""
 
-    def parse(*argv):
+    def parse(*argv, script=ppo):
         taken = []
-        monkeypatch.setattr("sys.argv", ["ppo_residual.py", *argv])
+        monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *argv])
         monkeypatch.setattr(command, "command_line", contextlib.nullcontext)
-        monkeypatch.setattr(ppo, "train", taken.append)
-        monkeypatch.setattr(ppo, "evaluate", taken.append)
-        ppo.main()
+        monkeypatch.setattr(script, "train", taken.append)
+        monkeypatch.setattr(script, "evaluate", taken.append, raising=False)
+        monkeypatch.setattr(script, "collect", lambda *args: taken.append(*args))
+        script.main()
         return taken[0]
 
     return parse
@@ -132,6 +196,29 @@ def test_a_flag_wins_over_the_tuned_row(parse, tuned):
     assert (args.learning_rate, args.num_envs) == (0.5, 4)
     args = parse("--learning-rate", "3e-4", "--base-policy", "zero")  # also one that repeats the default
     assert args.learning_rate == 3e-4
+
+
+def test_the_tuned_row_of_ppo_continuous_follows_the_environment(parse, monkeypatch, tmp_path):
+    rows = {"Hopper-v5": {"learning_rate": 0.0125, "num_envs": 4}, "LateralControl-v0": {"gamma": 0.75}}
+    monkeypatch.setattr(ppo_continuous, "TUNED", rows)
+    fresh, script = ppo_continuous.Args, ppo_continuous
+    assert parse(script=script) == fresh(gamma=0.75) == fresh.tuned()
+    args = parse("--env-id", "Hopper-v5", "--num-envs", "2", script=script)
+    assert args == fresh(env_id="Hopper-v5", learning_rate=0.0125, num_envs=2)
+    assert args == fresh.tuned("Hopper-v5", num_envs=2)
+    assert parse("--env-id", "Walker2d-v5", script=script) == fresh(env_id="Walker2d-v5")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"env_id": "Hopper-v5", "num_envs": 3}))
+    args = dataclasses.replace(parse("--config", str(file), script=script), config=None)
+    assert args == fresh(env_id="Hopper-v5", learning_rate=0.0125, num_envs=3)
+
+
+def test_both_commands_of_bc_pretrain(parse):
+    args = parse("collect", "--dataset", "x", "--seeds", "1", "2", "--env-kwargs", "copies", "2", script=bc_pretrain)
+    assert args == bc_pretrain.CollectArgs(dataset="x", seeds=(1, 2), env_kwargs={"copies": 2})
+    args = parse("train", "--dataset", "x", "--loss", "nll", "--norm-obs", "False", script=bc_pretrain)
+    assert args == bc_pretrain.Args(dataset="x", loss="nll", norm_obs=False)
+    assert parse("train", "--dataset", "x", script=bc_pretrain).norm_obs is None
 
 
 def test_a_flag_wins_over_the_config_and_the_config_over_the_defaults(parse, tmp_path):
@@ -170,9 +257,9 @@ def test_all_config_values_survive_json(parse, tmp_path):
     assert dataclasses.replace(parsed, config=None) == args
 
 
-def help_text(parse, capsys, *argv):
+def help_text(parse, capsys, *argv, script=ppo):
     with pytest.raises(SystemExit) as stopped:
-        parse(*argv, "--help")
+        parse(*argv, "--help", script=script)
     assert stopped.value.code == 0
     return re.sub(r"[│\s]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out))
 
@@ -185,10 +272,18 @@ def test_help_shows_the_values_in_force(parse, tuned, capsys, tmp_path):
     assert "default: 0.0625" in help_text(parse, capsys, "--config", str(file))
 
 
-def test_help_lists_every_setting(parse, capsys):
-    text = help_text(parse, capsys)
-    for name in FIELDS:
+@pytest.mark.parametrize("script", PPO)
+def test_help_lists_every_setting(parse, capsys, script):
+    text = help_text(parse, capsys, script=importlib.import_module(script))
+    for name in settings_of(script):
         assert f"--{name.replace('_', '-')}" in text, name
+
+
+@pytest.mark.parametrize(("command_", "args_class"), [("collect", "CollectArgs"), ("train", "Args")])
+def test_help_of_bc_pretrain_lists_every_setting(parse, capsys, command_, args_class):
+    text = help_text(parse, capsys, command_, script=bc_pretrain)
+    for field in dataclasses.fields(getattr(bc_pretrain, args_class)):
+        assert f"--{field.name.replace('_', '-')}" in text, field.name
 
 
 def test_nothing_is_silently_ignored(parse):
@@ -217,11 +312,17 @@ def test_nothing_is_silently_ignored(parse):
         ({"hidden_sizes": (64, 0)}, "--hidden-sizes"),
         ({"eval_every": -1}, "--eval-every"),
         ({"env_kwargs": {"split": "test"}}, "--env-kwargs"),
+        ({"group_size": 0}, "--group-size"),
+        ({"group_size": 3}, "--group-size must be a divisor of --num-envs 8, not 3"),
+        ({"critic_warmup": -1}, "--critic-warmup"),
+        ({"final_log_std": float("nan")}, "--final-log-std"),
+        ({"eval_episodes": -1}, "--eval-episodes"),
     ],
 )
-def test_values_that_cannot_work_are_refused_by_name(change, flag):
+@pytest.mark.parametrize("script", PPO)
+def test_values_that_cannot_work_are_refused_by_name(script, change, flag):
     with pytest.raises(run.UserError, match=flag):
-        command.checked(ppo.Args(**change))
+        command.checked(importlib.import_module(script).Args(**change))
 
 
 def imported(path):

@@ -495,7 +495,7 @@ def test_a_policy_with_state_is_reset_as_each_episode_begins():
         def __init__(self, rows):
             self.count = np.zeros(rows)
 
-        def reset(self, rows):
+        def reset(self, rows, vec):
             self.count[rows] = 0
 
         def __call__(self, obs):
@@ -509,9 +509,15 @@ def test_a_policy_with_state_is_reset_as_each_episode_begins():
 
 def test_rollout_tells_of_every_step():
     seen = []
-    results = rollout(approach, Toy(1), 3, seed=0, on_step=lambda done: seen.append(done[0]))
-    assert len(seen) == sum(result["length"] for result in results)
-    assert np.flatnonzero(seen).tolist() == (np.cumsum([result["length"] for result in results]) - 1).tolist()
+    results = rollout(approach, Toy(2), 5, 0, lambda *step: seen.append([x.copy() for x in step]), first=3)
+    assert results == one_by_one(approach, 8, 0)[3:]
+    playing, reward, done = (np.stack(x) for x in zip(*seen))
+    assert playing[0].tolist() == [3, 4]
+    for episode, result in enumerate(results, start=3):
+        mine = playing == episode
+        assert mine.sum() == result["length"]
+        assert done[mine].tolist() == [False] * (result["length"] - 1) + [True]
+        assert reward[mine].sum() == pytest.approx(result["return"])
 
 
 def test_rollout_names_the_episode_of_an_action_that_is_not_finite():

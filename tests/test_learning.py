@@ -63,7 +63,7 @@ def test_a_point_learns_to_come_home(home, tmp_path):
     summary = ppo.train(args)
     args.eval_episodes = 200
     vec = envs.make_vec(home, 1)
-    agent = ppo.make_agent(vec, args)
+    agent = ppo.residual_agent(vec, args)
     run.load_agent(agent, run.load_policy(summary["run"]), args, "")
     learned = ppo.Corrected(agent, rollout.Zero(1), args, vec.single_action_space)
     returns = [rollout.evaluate(p, args)["mean_return"] for p in (rollout.Zero(1), learned, straight_home)]

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import envs
+import ppo_continuous
 import ppo_residual
 from envs import run
 
@@ -76,10 +78,10 @@ def originals(tmp_path_factory):
     torch.save(torch.nn.Linear(2, 2), folder / "module.pt")
     torch.save({**final, "kind": "policy"}, folder / "kind.pt")
     vec = envs.make_vec(TINY.env_id, 1)
-    small = ppo_residual.make_agent(vec, replace(TINY, hidden_sizes=(8,))).state_dict()
+    small = ppo_residual.residual_agent(vec, replace(TINY, hidden_sizes=(8,))).state_dict()
     torch.save({**final, "agent": small}, folder / "sizes.pt")
     pendulum = {"env_id": "Pendulum-v1", "base_policy": "zero"}
-    agent = ppo_residual.make_agent(envs.make_vec("Pendulum-v1", 1), TINY).state_dict()
+    agent = ppo_residual.residual_agent(envs.make_vec("Pendulum-v1", 1), TINY).state_dict()
     other = {"env_id": "Pendulum-v1", "agent": agent, "args": {**final["args"], **pendulum}}
     torch.save({**final, **other}, folder / "pendulum.pt")
 
@@ -116,12 +118,12 @@ def place(originals, tmp_path, monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs the script in this process: command line -> status, the lines on stderr."""
+    """Runs a script in this process: command line -> status, the lines on stderr."""
 
-    def command(line: str) -> tuple[int | str, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["ppo_residual.py", *line.split()])
+    def command(line: str, script: types.ModuleType = ppo_residual) -> tuple[int | str, list[str]]:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *line.split()])
         with pytest.raises(SystemExit) as end:
-            sys.exit(ppo_residual.main())
+            sys.exit(script.main())
         return end.value.code or 0, [line for line in capsys.readouterr().err.splitlines() if line]
 
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -131,7 +133,8 @@ def command(monkeypatch, capsys):
 
 
 def files() -> dict[Path, bytes | None]:
-    return {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
+    found = (path for path in Path().rglob("*") if path.name != "MUJOCO_LOG.TXT")  # MuJoCo's own warnings
+    return {path: path.read_bytes() if path.is_file() else None for path in found}
 
 
 def assert_refused(status: int | str, lines: list[str], message: str) -> None:
@@ -145,9 +148,9 @@ def assert_refused(status: int | str, lines: list[str], message: str) -> None:
 def refused(command):
     """The command line is refused with that message (a pattern), and every file stays as it was."""
 
-    def refused(line: str, message: str) -> None:
+    def refused(line: str, message: str, script: types.ModuleType = ppo_residual) -> None:
         before = files()
-        assert_refused(*command(line), message)
+        assert_refused(*command(line, script), message)
         after = files()
         assert sorted(after) == sorted(before)
         assert after == before
@@ -222,9 +225,9 @@ TRAINING = {
     "--base-policy blend:ik:zero:0.5:1": r"blend:A:B:w with two policies",
     "--base-policy blend:ik:PID:0.5": r"unknown policy 'PID': choose zero, ik",
     "--base-policy blend:ik:missing.onnx:0.5": r"missing\.onnx: no such file; a base policy is",
-    "--env-id SO101Papper-v0": r"unknown environment 'SO101Papper-v0'; ours are SO101Paper-v0",
-    "--env-id SO101Paper-v7": r"unknown environment 'SO101Paper-v7'; ours are SO101Paper-v0",
-    "--env-id no_such_module:Env-v0": r"unknown environment 'no_such_module:Env-v0'; ours are SO101Paper-v0",
+    "--env-id SO101Papper-v0": r"unknown environment 'SO101Papper-v0'; ours are .*SO101Paper-v0",
+    "--env-id SO101Paper-v7": r"unknown environment 'SO101Paper-v7'; ours are .*SO101Paper-v0",
+    "--env-id no_such_module:Env-v0": r"unknown environment 'no_such_module:Env-v0'; ours are .*SO101Paper-v0",
     "--env-id HalfCheetah-v3 --base-policy zero": r"HalfCheetah-v3: .*moved to",
     "--env-id CartPole-v1": r"actions must be a flat, bounded Box, not Discrete\(2\)",
     "--env-id Blackjack-v1": r"observations must be a flat Box, not Tuple.*; flatten",
@@ -249,7 +252,11 @@ TRAINING = {
     "--num-envs 0": r"--num-envs must be at least 1, not 0",
     "--num-steps 0": r"--num-steps must be at least 1, not 0",
     "--threads 0": r"--threads must be at least 1, not 0",
-    "--eval-episodes 0": r"--eval-episodes must be at least 1, not 0",
+    "--eval-episodes 0": r"--eval-episodes 0 means all there are, but SO101Paper-v0 has no end of them; give a number",
+    "--group-size 2": r"--group-size.*SO101Paper-v0",
+    "--group-size 3": r"--group-size must be a divisor of --num-envs 2, not 3",
+    "--env-id LateralControl-v0 --base-policy feedforward": r"feedforward",
+    "--env-id LateralControl-v0 --base-policy blend:pid:zero:0.5": r"pid",
     "--hidden-sizes 64 0": r"--hidden-sizes must be at least 1, not \(64, 0\)",
     "--total-timesteps 127": r"--total-timesteps must be at least one rollout, num_envs \* num_steps = 128, not 127",
     "--gamma 1.01": r"--gamma must be between 0 and 1, not 1\.01",
@@ -321,7 +328,7 @@ EVALUATING = {
     "--evaluate ik --alpha 0.1": r"--alpha has no effect on --evaluate ik; leave it out",
     "--evaluate run --resume run": r"--resume has no effect on --evaluate run; leave it out",
     "--evaluate run --config good.json": r"--config has no effect on --evaluate run; leave it out",
-    "--evaluate ik --eval-episodes 0": r"--eval-episodes must be at least 1, not 0",
+    "--evaluate ik --eval-episodes 0": r"--eval-episodes 0 means all there are, but SO101Paper-v0 has no end of them",
     "--evaluate ik --env-kwargs split train": r"split is not for --env-kwargs: the script sets it",
     "--evaluate ik --json missing/result.json": r"--json missing.result\.json: no such directory; make it",
     "--evaluate run --env-id Pendulum-v1 --base-policy zero": r"a policy for SO101Paper-v0, not Pendulum-v1; .+",
@@ -331,6 +338,64 @@ EVALUATING = {
 @pytest.mark.parametrize("line", EVALUATING)
 def test_evaluating(refused, line):
     refused(PLAY + line, EVALUATING[line])
+
+
+CONTINUOUS = {
+    "--env-id LateralControl-v7": r"unknown environment 'LateralControl-v7'; ours are LateralControl-v0, SO101Paper-v0",
+    "--env-id CartPole-v1": r"actions must be a flat, bounded Box, not Discrete\(2\)",
+    "--env-id DictObservations-v0": r"observations must be a flat Box, not Dict.*; flatten",
+    "--env-id UnboundedActions-v0": r"actions must be a flat, bounded Box, not Box\(-inf",
+    "--env-kwargs model_path missing.onnx": r"missing\.onnx: no such file; model_path is",
+    "--env-kwargs model_path corrupt.onnx": r"corrupt\.onnx: not a readable ONNX model; model_path is",
+    "--env-kwargs model_path shapes.onnx": r"shapes\.onnx: takes .* instead of .*; model_path is",
+    "--env-kwargs data_path empty": r"empty: no CSV file in this folder",
+    "--env-kwargs action_mode sideways": r"action_mode must be delta or absolute, not 'sideways'",
+    "--env-kwargs copies 0": r"copies must be at least 1, not 0",
+    "--env-kwargs copies 2 --group-size 2": r"(--group-size|copies).*",
+    "--eval-env-kwargs model_path missing.onnx": r"missing\.onnx: no such file; model_path is",
+    "--group-size 3": r"--group-size must be a divisor of --num-envs 2, not 3",
+    "--group-size 0": r"--group-size must be at least 1, not 0",
+    "--env-id HalfCheetah-v5 --group-size 2": r"--group-size.*HalfCheetah-v5",
+    "--pretrained run": r"best\.pt: holds a residual, where a policy is needed; use the script that trained it",
+    "--pretrained sizes.pt": r"sizes\.pt: holds a residual, where a policy is needed; use the script that trained it",
+    "--pretrained kind.pt": r"kind\.pt: a policy for SO101Paper-v0, not LateralControl-v0; give its --env-id",
+    "--eval-episodes 101": r"101 episodes of the validation split, which has 100; ask for at most so many",
+    "--env-id Pendulum-v1 --eval-episodes 0": r"--eval-episodes 0 means all there are, but Pendulum-v1 has no end of",
+    "--resume run --total-timesteps 512": r"holds a residual, where a policy is needed|unknown setting|--env-id",
+    "--config run/config.json": r"run/config\.json: unknown setting 'base_policy'",
+    "--base-policy ik": r"--base-policy",
+}
+
+
+@pytest.mark.parametrize("line", CONTINUOUS)
+def test_training_with_ppo_continuous(command, line, monkeypatch):
+    for env in (DictObservations, UnboundedActions):
+        spec = gym.envs.registration.EnvSpec(f"{env.__name__}-v0", env)
+        monkeypatch.setitem(gym.registry, spec.id, spec)
+    before = files()
+    start = "" if line.startswith("--resume") else TRAIN + ("" if "--group-size" in line else "--group-size 1 ")
+    status, lines = command(start + line, ppo_continuous)
+    assert status == 2, lines
+    assert files() == before
+    if line != "--base-policy ik":  # which tyro rejects in its own words
+        assert_refused(status, lines, CONTINUOUS[line])
+
+
+PLAYING = {
+    "--evaluate ik": r"unknown policy 'ik': choose zero, pid, velocity-pid, feedforward, PATH\.onnx",
+    "--evaluate run": r"holds a residual, where a policy is needed; use the script that trained it|unknown setting",
+    "--evaluate shapes.onnx": r"shapes\.onnx: maps .*4.* needs \(N, 46\) -> \(N, 1\)",
+    "--evaluate pid --eval-episodes 201": r"201 episodes of the test split, which has 200; ask for at most so many",
+    "--evaluate pid --env-kwargs test_path empty": r"empty: no CSV file in this folder",
+    "--evaluate pid --env-kwargs data_path empty": r"test_path too|empty: no CSV file",
+    "--evaluate pid --learning-rate 0.1": r"--learning-rate has no effect on --evaluate pid; leave it out",
+    "--evaluate blend:pid:feedforward:0.5": r"pid",
+}
+
+
+@pytest.mark.parametrize("line", PLAYING)
+def test_evaluating_with_ppo_continuous(refused, line):
+    refused(PLAY + line if "--eval-episodes" not in line else line, PLAYING[line], ppo_continuous)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

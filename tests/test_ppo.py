@@ -1,9 +1,13 @@
-"""The algorithm of ppo_residual.py: its formulas against plain reimplementations, its policy files, its failures."""
+"""The algorithm of the PPO scripts: its formulas against plain reimplementations, its policy files, its failures."""
 
 import functools
 import json
 import math
+import os
+import shutil
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -18,8 +22,10 @@ from torch import nn
 from torch.distributions import Normal
 
 import envs
+import ppo_continuous
 import ppo_residual as ppo
 from envs import rollout, run, so101
+from envs.batch_env import BatchEnv
 
 quick = settings(max_examples=40, deadline=None)
 EASY = {"frame_margin": 0.1}  # a wide frame, so that episodes are short
@@ -49,7 +55,7 @@ def make_data(agent, n=64, seed=0):
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=agent.log_std.dtype)
 
-    obs, action = 3 + 2 * normal(n, agent.low.shape[0] + 3), normal(n, agent.low.shape[0])
+    obs, action = 3 + 2 * normal(n, len(agent.log_std) + 3), normal(n, len(agent.log_std))
     with torch.no_grad():
         logprob, _, value = agent.evaluate_actions(obs, action)
     return obs, action, logprob + 0.2 * normal(n), 5 * normal(n), value + normal(n), value + 0.3 * normal(n)
@@ -95,6 +101,36 @@ def test_gae_bootstraps_at_time_limits_only(terminated, expected):
     ends = torch.tensor([[terminated], [False]]), torch.tensor([[True], [False]])
     advantage = ppo.gae(*column, *ends, gamma=0.5, gae_lambda=0.9)
     assert advantage[:, 0].tolist() == pytest.approx([expected, 100])
+
+
+def test_group_mean_by_hand():
+    advantage = torch.tensor([[1.0, 3.0, 10.0, 20.0], [0.0, -2.0, 5.0, 5.0]])
+    assert ppo.group_mean(advantage, 2).tolist() == [[2, 2, 15, 15], [-1, -1, 5, 5]]
+    assert ppo.group_mean(advantage, 4).tolist() == [[8.5] * 4, [2] * 4]
+    assert torch.equal(ppo.group_mean(advantage, 1), advantage)
+
+
+def test_groups_change_the_advantage_but_not_the_targets(monkeypatch):
+    """What learn hands to the update: the same but for the advantage, from which the mean of each pair is taken."""
+    given = []
+
+    def update(agent, optimizer, gradient, args, critic_only, data):
+        given.append(data)
+        return torch.zeros(len(ppo.STATS))
+
+    monkeypatch.setattr(ppo, "update", update)
+    torch.manual_seed(0)
+    fields = [torch.randn(5, 4, 5), torch.randn(5, 4, 2), torch.randn(5, 4, 5), torch.randn(5, 4)]
+    batch = ppo.Transitions(*fields, torch.rand(5, 4) < 0.2, torch.rand(5, 4) < 0.2)
+    for group_size in (1, 2):
+        args, agent = ppo.Args(group_size=group_size), make_agent()
+        ppo.learn(agent, make_optimizer(agent, args), ppo.compute_gradient, args, batch, False)
+    plain, grouped = given
+    for k in (0, 1, 2, 4, 5):
+        assert torch.equal(plain[k], grouped[k])
+    pairs = plain[3].reshape(5, 2, 2)
+    torch.testing.assert_close(grouped[3].reshape(5, 2, 2), pairs - pairs.mean(2, keepdim=True))
+    assert grouped[3].abs().max() > 0.1
 
 
 RATIOS = torch.tensor([1.0, 1.5, 0.5, 1.1], dtype=torch.float64)
@@ -336,6 +372,37 @@ class Toy:
         return obs, reward, terminated, truncated, info
 
 
+class Wide(Toy):
+    """With actions from -2 to 6."""
+
+    single_observation_space = gym.spaces.Box(-np.inf, np.inf, (5,), np.float32)
+    single_action_space = gym.spaces.Box(-2, 6, (2,), np.float32)
+
+
+def test_actions_are_scaled_to_the_bounds_of_the_environment():
+    """The Gaussian's [-1, 1] is the environment's [-2, 6]; what is stored is what was drawn."""
+    torch.manual_seed(0)
+    args = ppo_continuous.Args(num_envs=3, num_steps=40, norm_obs=False, init_log_std=0.0)
+    vec = Wide()
+    agent = ppo_continuous.make_agent(vec, args)
+    assert agent.center.tolist() == [2, 2]
+    assert agent.scale.tolist() == [4, 4]
+    device = torch.device("cpu")
+    batch, _, _ = ppo_continuous.collect(agent, vec, args, vec.observation(), 0, device)
+    drawn, played = batch.action.numpy(), np.stack(vec.actions)
+    assert np.abs(drawn).max() > 1.5
+    np.testing.assert_allclose(played, np.clip(2 + 4 * drawn, -2, 6), atol=1e-6)
+    assert played.min() == -2
+    assert played.max() == 6
+    with torch.no_grad():
+        agent.actor[-1].weight.mul_(1000)
+        obs = torch.randn(200, 5)
+        action = agent(obs)
+        torch.testing.assert_close(action, 2 + 4 * agent.actor(obs).clamp(-1, 1))
+        assert action.min() == -2
+        assert action.max() == 6
+
+
 def collect(vec, agent=None, start=90, **kwargs):
     args = ppo.Args(num_envs=3, num_steps=4, alpha=0.5, act_scale=0.4, residual_penalty=0.25, **kwargs)
 
@@ -413,8 +480,6 @@ def test_learn_gives_the_statistics_of_the_batch():
     assert {f"train/{name}" for name in ppo.STATS} < scalars.keys()
     assert scalars["train/learning_rate"] == 0.125
     assert scalars["train/approx_kl"] == pytest.approx(0, abs=1e-6)  # the first minibatch comes before any step
-    magnitude = np.linalg.norm(np.clip(batch.action.numpy(), -1, 1), axis=2).mean()
-    assert scalars["train/residual_magnitude"] == pytest.approx(magnitude, rel=1e-5)
     assert agent.normalizer.count == count + 12
 
 
@@ -422,6 +487,112 @@ def test_learn_gives_the_statistics_of_the_batch():
 def fake_onnx(monkeypatch):
     """The export takes longer than a tiny run; where it is not the subject it writes a placeholder."""
     monkeypatch.setattr(run, "export_onnx", lambda agent, obs_dim, path, kind: path.write_bytes(b"onnx"))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What ppo_continuous.learn was given and left behind in each iteration: (agent before, agent after)."""
+    learn, seen = ppo_continuous.learn, []
+
+    def spy(agent, *args, **kwargs):
+        before = {name: x.clone() for name, x in agent.state_dict().items()}
+        scalars = learn(agent, *args, **kwargs)
+        seen.append((before, {name: x.clone() for name, x in agent.state_dict().items()}, scalars))
+        return scalars
+
+    monkeypatch.setattr(ppo_continuous, "learn", spy)
+    return seen
+
+
+PENDULUM = {
+    "env_id": "Pendulum-v1", "num_envs": 2, "num_steps": 16, "minibatch_size": 16, "update_epochs": 2,
+    "total_timesteps": 128, "eval_episodes": 1, "eval_every": 0, "checkpoint_every": 0, "hidden_sizes": (8,),
+    "run_name": "run",
+}  # fmt: skip
+
+
+def test_a_scheduled_deviation_follows_its_schedule_and_is_not_learned(seen, tmp_path, fake_onnx):
+    schedule = {"init_log_std": -1.0, "final_log_std": -3.0, "ent_coef": 0.1}
+    ppo_continuous.train(ppo_continuous.Args(**{**PENDULUM, **schedule, "run_root": str(tmp_path)}))
+    for (before, after, scalars), expected in zip(seen, (-1.0, -1.5, -2.0, -2.5), strict=True):
+        assert before["log_std"].tolist() == pytest.approx([expected])
+        assert torch.equal(after["log_std"], before["log_std"])
+        assert scalars["train/entropy_loss"] == pytest.approx(-(expected + 0.5 * math.log(2 * math.pi * math.e)))
+        assert not torch.equal(after["actor.0.weight"], before["actor.0.weight"])
+
+
+def test_without_a_schedule_the_deviation_is_learned(seen, tmp_path, fake_onnx):
+    ppo_continuous.train(ppo_continuous.Args(**{**PENDULUM, "run_root": str(tmp_path)}))
+    assert seen[0][0]["log_std"].tolist() == [0.0]
+    assert all(not torch.equal(before["log_std"], after["log_std"]) for before, after, _ in seen)
+
+
+def test_critic_warmup_lasts_as_many_updates_as_it_says(seen, tmp_path, fake_onnx):
+    settings = {"critic_warmup": 2, "norm_obs": False, "weight_decay": 0.1}
+    ppo_continuous.train(ppo_continuous.Args(**{**PENDULUM, **settings, "run_root": str(tmp_path)}))
+    for k, (before, after, _) in enumerate(seen):
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        critic = {name for name in before if name.startswith("critic")}
+        assert changed == (critic if k < 2 else critic | {name for name in before if name.startswith(("actor", "log"))})
+    assert len(seen) == 4
+
+
+class Coin(BatchEnv):
+    """Episodes of one step: from 0 to 1 for nothing, or from 1 to 1 for a reward of 1. They end at a time limit, or
+    with `terminates` because they are over."""
+
+    def __init__(self, num_envs=1, training=True, split="train", render_mode=None, terminates=False):
+        box, action = gym.spaces.Box(0, 1, (1,), np.float32), gym.spaces.Box(-1, 1, (1,), np.float32)
+        super().__init__(num_envs, box, action, 1, training, split, render_mode)
+        self.x, self.terminates = np.zeros(num_envs), terminates
+
+    def start(self, rows):
+        for i in rows:
+            self.x[i] = self.rngs[i].integers(2)
+
+    def advance(self, action):
+        reward = self.x.copy()
+        self.x[:] = 1
+        return reward, np.full(self.num_envs, self.terminates), {}
+
+    def observe(self, rows):
+        return self.x[rows, None].astype(np.float32)
+
+    def state(self):
+        return {"x": self.x}
+
+
+@pytest.mark.parametrize(("terminates", "expected"), [(False, (1.0, 2.0)), (True, (0.0, 1.0))])
+def test_a_time_limit_is_worth_what_would_follow_and_an_end_nothing(
+    terminates, expected, tmp_path, monkeypatch, fake_onnx
+):
+    """Values of the two states with gamma = .5. To bootstrap from the next episode's start would give .5 and 1.5."""
+    spec = gym.envs.registration.EnvSpec("Coin-v0", vector_entry_point=Coin)
+    monkeypatch.setitem(gym.registry, spec.id, spec)
+    args = ppo_continuous.Args(
+        env_id="Coin-v0", env_kwargs={"terminates": terminates}, num_envs=8, num_steps=16, minibatch_size=32,
+        total_timesteps=128 * 40, learning_rate=0.01, gamma=0.5, norm_obs=False, norm_reward=False, clip_value=False,
+        eval_every=0, eval_episodes=1, checkpoint_every=0, run_root=str(tmp_path), run_name="run", hidden_sizes=(16,),
+    )  # fmt: skip
+    ppo_continuous.train(args)
+    agent = ppo_continuous.make_agent(Coin(), args)
+    run.load_agent(agent, run.load(tmp_path / "run" / "final.pt"), args, "")
+    with torch.no_grad():
+        assert agent.value(torch.tensor([[0.0], [1.0]])).tolist() == pytest.approx(expected, abs=0.1)
+
+
+def test_residual_magnitude_is_the_mean_norm_of_what_was_added(tmp_path, monkeypatch, fake_onnx):
+    learn, batches = ppo.learn, []
+
+    def spy(agent, optimizer, gradient, args, batch, critic_only):
+        batches.append(batch)
+        return learn(agent, optimizer, gradient, args, batch, critic_only)
+
+    monkeypatch.setattr(ppo, "learn", spy)
+    ppo.train(ppo.Args(**{**TINY, "total_timesteps": 64, "run_root": str(tmp_path)}))
+    (row,) = run.read_progress(tmp_path / "run" / "progress.csv")
+    magnitude = np.linalg.norm(np.clip(batches[0].action.numpy(), -1, 1), axis=2).mean()
+    assert float(row["train/residual_magnitude"]) == pytest.approx(magnitude, rel=1e-5)
 
 
 def break_observation(monkeypatch):
@@ -608,7 +779,39 @@ def test_compiled_critic_warmup_gives_the_actor_no_gradient(backend):
 
 def test_compiled_run_equals_an_eager_one(backend, tmp_path, fake_onnx):
     agents = []
+    torch._dynamo.utils.counters.clear()
     for name, compile_it in (("eager", False), ("compiled", True)):
         ppo.train(ppo.Args(**{**TINY, "run_root": str(tmp_path), "run_name": name, "compile": compile_it}))
         agents.append(run.load(tmp_path / name / "final.pt")["agent"])
     torch.testing.assert_close(*agents, rtol=1e-3, atol=1e-3)
+    # three updates, with another learning rate and other statistics in each
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_compile_says_which_compiler_is_missing(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(run.UserError, match="there is no no-such-compiler; install it or leave --compile out"):
+        run.compiled(ppo.compute_gradient)
+
+
+@pytest.mark.slow
+def test_a_damaged_compiler_cache_ends_in_one_line_with_the_remedy(tmp_path):
+    cache = tmp_path / "cache"
+    flags = ["--compile", "--dry-run", "--num-steps", "32", "--minibatch-size", "32", "--run-root", str(tmp_path)]
+    line = [sys.executable, ppo.__file__, *flags]
+
+    def train():
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        return subprocess.run(line, env=environment, capture_output=True, text=True)
+
+    assert train().returncode == 0
+    for file in cache.rglob("*.main.so"):
+        file.write_bytes(b"")  # what a process leaves that is killed while it links
+    damaged = train()
+    assert damaged.returncode == 2
+    last = damaged.stderr.splitlines()[-1]
+    assert last.startswith("error: --compile failed (ImportError: ")
+    assert f"file too short); delete PyTorch's cache {cache}, " in last
+    assert "Traceback" not in damaged.stderr
+    shutil.rmtree(cache)
+    assert train().returncode == 0

@@ -421,7 +421,7 @@ def test_exported_policy_is_the_best_one(real_onnx, dry):
 
     vec = so101.SO101Paper(4)
     obs, _ = vec.reset(seed=3)
-    agent = ppo.make_agent(vec, tiny(dry[0]))
+    agent = ppo.residual_agent(vec, tiny(dry[0]))
     agent.load_state_dict(run.load(dry[0] / "best.pt")["agent"])
     action = onnxruntime.InferenceSession(str(dry[0] / "policy.onnx")).run(["action"], {"obs": obs})[0]
     np.testing.assert_allclose(action, agent(torch.as_tensor(obs)).detach(), rtol=0, atol=1e-5)

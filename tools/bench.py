@@ -1,20 +1,33 @@
-"""Measure steps per second of the environments under a trained policy, and the memory of a training run.
+"""Measure training beside Stable-Baselines3, its speed and what it learns; our environments' speed; a run's memory.
 
-    python tools/bench.py envs                       8, 16, 64, 256 simulations, one thread
+    python tools/bench.py ppo                        steps/s of ppo_continuous.py, also with --compile, and of SB3
+    python tools/bench.py ppo --learn --processes 2  what both learn, ten runs each; stopped, it goes on where it was
+    python tools/bench.py envs                       steps/s of 8, 16, 64, 256 simulations under a policy, one thread
     python tools/bench.py envs --threads 2 --policy runs/<run>
     python tools/bench.py memory                     resident memory of a training run
 
-The figures are wall clock: leave the machine to the benchmark.
+Both sides of `ppo` run with SETTINGS below (pip install -e ".[bench]" brings Stable-Baselines3). Compare CPU time where
+the machine has other work; wall clock says something on an idle one only.
 """
 
+import contextlib
+import io
+import math
+import multiprocessing
+import platform
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -23,14 +36,36 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import envs
+import ppo_continuous
 import ppo_residual
 from envs import command, rollout, run
+from envs.run import UserError
 
 
 @dataclass
-class Args:
-    what: tyro.conf.Positional[Literal["envs", "memory"]]
-    """environment speed, or the memory of a training run"""
+class Ppo:
+    env_id: tuple[str, ...] = ("HalfCheetah-v5", "Hopper-v5")
+    """environments to train in"""
+    repeats: int = 3
+    """speed: measurements of each, alternating, of which the median counts"""
+    steps: int = 61_440
+    """speed: environment steps of a measurement, after the warm-up"""
+    learn: bool = False
+    """compare what is learned instead of the speed"""
+    seeds: int = 10
+    """--learn: runs of each, with seeds 1000, 2000, ..."""
+    total_timesteps: int = 300_000
+    """--learn: environment steps of a run"""
+    processes: int = 1
+    """--learn: runs at a time"""
+    out: str = "runs/bench_learn"
+    """--learn: folder with one JSON file a run; what is there is not run again"""
+    png: str | None = None
+    """--learn: where to draw the learning curves"""
+
+
+@dataclass
+class Envs:
     env_id: str = "SO101Paper-v0"
     """environment to measure"""
     policy: str = "runs/reference/so101"
@@ -45,18 +80,281 @@ class Args:
     """measurements of each size, of which the median counts"""
 
 
+@dataclass
+class Memory:
+    """A training run of ppo_residual.py."""
+
+
+# Training
+
+OURS, COMPILED, SB3 = "ppo_continuous.py", "ppo_continuous.py --compile", "Stable-Baselines3"
+SETTINGS = {
+    "num_envs": 8, "num_steps": 256, "minibatch_size": 64, "update_epochs": 10, "learning_rate": 3e-4,
+    "anneal_lr": False, "weight_decay": 0.0, "gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2, "clip_value": True,
+    "ent_coef": 0.0, "vf_coef": 0.5, "max_grad_norm": 0.5, "target_kl": None, "norm_obs": True, "norm_reward": True,
+    "norm_adv": True, "init_log_std": 0.0, "hidden_sizes": (64, 64),
+}  # fmt: skip
+BATCH = SETTINGS["num_envs"] * SETTINGS["num_steps"]
+WARM_UP = 3  # rollouts, the first of which compiles
+
+
+def train(contender: str, env_id: str, seed: int, total: int) -> dict:
+    """One run.
+
+    Returns:
+        marks: CPU time and wall clock (s) after each iteration.
+        episodes: of training, (step, return, length).
+        evaluation: the deterministic policy's mean return at the end, in the same ten episodes for all.
+    """
+    torch.set_num_threads(1)
+    places = {"eval_every": 0, "checkpoint_every": 0, "compile": contender == COMPILED}
+    args = ppo_continuous.Args(env_id=env_id, seed=seed, total_timesteps=total, **SETTINGS, **places)
+    return train_sb3(args) if contender == SB3 else train_ours(args)
+
+
+def train_ours(args: ppo_continuous.Args) -> dict:
+    """The script's own train(), files and all."""
+    marks, episodes = [], []
+
+    class Marked(run.Run):
+        def log(self, step: int, recent: Any, finished: list[dict], *others: Any) -> None:
+            super().log(step, recent, finished, *others)
+            marks.append((time.process_time(), time.perf_counter()))
+            episodes.extend((episode["step"], episode["return"], episode["length"]) for episode in finished)
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        patch.object(run, "Run", Marked),
+    ):
+        summary = ppo_continuous.train(replace(args, run_root=folder))
+    return {"marks": marks, "episodes": episodes, "evaluation": summary["best"]["mean_return"]}
+
+
+def train_sb3(args: ppo_continuous.Args) -> dict:
+    """The same settings under Stable-Baselines3's names."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    marks, episodes = [], []
+
+    class Marked(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            marks.append((time.process_time(), time.perf_counter()))
+
+        def _on_step(self) -> bool:
+            for info in self.locals["infos"]:
+                if "episode" in info:
+                    episodes.append((self.num_timesteps, float(info["episode"]["r"]), int(info["episode"]["l"])))
+            return True
+
+    vec = make_vec_env(args.env_id, args.num_envs, seed=args.seed)
+    vec = VecNormalize(vec, norm_obs=args.norm_obs, norm_reward=args.norm_reward, gamma=args.gamma)
+    ppo = PPO(
+        "MlpPolicy",
+        vec,
+        learning_rate=args.learning_rate,
+        n_steps=args.num_steps,
+        batch_size=args.minibatch_size,
+        n_epochs=args.update_epochs,
+        gamma=args.gamma,
+        gae_lambda=args.gae_lambda,
+        clip_range=args.clip_coef,
+        clip_range_vf=args.clip_coef if args.clip_value else None,
+        normalize_advantage=args.norm_adv,
+        ent_coef=args.ent_coef,
+        vf_coef=args.vf_coef,
+        max_grad_norm=args.max_grad_norm,
+        target_kl=args.target_kl,
+        policy_kwargs={"net_arch": list(args.hidden_sizes), "log_std_init": args.init_log_std},
+        seed=args.seed,
+        device="cpu",
+    )
+    ppo.learn(args.total_timesteps // BATCH * BATCH, callback=Marked())  # or it would end with a whole rollout more
+
+    def policy(obs: np.ndarray) -> np.ndarray:
+        return ppo.predict(vec.normalize_obs(obs), deterministic=True)[0]
+
+    evaluation = rollout.evaluate(policy, args, "validation")["mean_return"]
+    return {"marks": marks, "episodes": episodes, "evaluation": evaluation}
+
+
+@contextlib.contextmanager
+def workers(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """A fresh process for every call, `processes` at a time; what has not begun is dropped when something fails."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=spawn, max_tasks_per_child=1) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def about() -> str:
+    packages = ("torch", "gymnasium", "mujoco", "numpy", "stable-baselines3")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    return f"{run.cpu_name()}, one thread; Python {platform.python_version()}, {versions}; commit {run.git_commit()}"
+
+
+def bench_speed(args: Ppo) -> None:
+    total = (WARM_UP + 1) * BATCH + args.steps  # one more rollout: our last iteration ends with an evaluation
+    print("| environment | training with | steps/s of CPU time | lowest to highest | steps/s | times SB3 |")
+    print("|---|---|---|---|---|---|")
+    for env_id in args.env_id:
+        rates = {contender: [] for contender in (SB3, OURS, COMPILED)}
+        for repeat in range(args.repeats):
+            for contender, measured in rates.items():
+                with workers(1) as pool:
+                    marks = np.array(pool.submit(train, contender, env_id, repeat, total).result()["marks"])
+                steps = BATCH * (len(marks) - 2 - WARM_UP)
+                measured.append(steps / (marks[-2] - marks[WARM_UP]))
+        medians = {contender: np.median(measured, axis=0) for contender, measured in rates.items()}
+        for contender, (cpu, wall) in medians.items():
+            spread = f"{np.min(rates[contender], 0)[0]:,.0f} to {np.max(rates[contender], 0)[0]:,.0f}"
+            times = cpu / medians[SB3][0]
+            print(f"| {env_id} | {contender} | {cpu:,.0f} | {spread} | {wall:,.0f} | {times:.2f} |", flush=True)
+    print(f"\nmedians of {args.repeats} runs of {args.steps:,} steps after the warm-up; {about()}")
+
+
+def learn_one(file: Path, contender: str, env_id: str, seed: int, total: int) -> None:
+    """Run and write down."""
+    begin = time.process_time()
+    result = train(contender, env_id, seed, total)
+    del result["marks"]
+    asked = {"contender": contender, "env_id": env_id, "seed": seed, "total_timesteps": total}
+    run.write_json(file, {**asked, "about": about(), "cpu_s": round(time.process_time() - begin, 1), **result})
+
+
+def bench_learn(args: Ppo) -> None:
+    folder, seeds = Path(args.out), [1000 * (i + 1) for i in range(args.seeds)]
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = [(env_id, seed, contender) for env_id in args.env_id for seed in seeds for contender in (OURS, SB3)]
+    files = {key: folder / f"{key[0]}__{'sb3' if key[2] == SB3 else 'ours'}__seed{key[1]}.json" for key in runs}
+    with workers(args.processes) as pool:
+        missing = {
+            pool.submit(learn_one, file, contender, env_id, seed, args.total_timesteps): file
+            for (env_id, seed, contender), file in files.items()
+            if not file.exists()
+        }
+        for done, future in enumerate(as_completed(missing), start=1):
+            future.result()
+            print(f"{done}/{len(missing)}: {missing[future]}", file=sys.stderr, flush=True)
+    results = {key: run.read_json(file) for key, file in files.items()}
+    for key, result in results.items():
+        if result["total_timesteps"] != args.total_timesteps:
+            raise UserError(f"{files[key]}: has {result['total_timesteps']:,} steps; give another --out")
+    for env_id in args.env_id:
+        print(learning_table(env_id, {key[1:]: result for key, result in results.items() if key[0] == env_id}))
+    print("trained with", ", ".join(sorted({result["about"] for result in results.values()})))
+    if args.png is not None:
+        draw(args, results)
+
+
+def last_100(result: dict) -> float:
+    """Mean return of the last 100 training episodes."""
+    return statistics.fmean(episode[1] for episode in result["episodes"][-100:])
+
+
+def learning_table(env_id: str, results: dict[tuple[int, str], dict]) -> str:
+    """Each seed's figures, their means and the difference of these; results: {(seed, contender): result}."""
+    seeds = sorted({seed for seed, _ in results})
+    measures = {"last 100 episodes": last_100, "deterministic": lambda result: result["evaluation"]}
+    columns = {
+        (name, contender): [measure(results[seed, contender]) for seed in seeds]
+        for name, measure in measures.items()
+        for contender in (OURS, SB3)
+    }
+    lines = [f"| {env_id}, seed | " + " | ".join(f"{contender}, {name}" for name, contender in columns) + " |"]
+    lines += ["|---" * (len(columns) + 1) + "|"]
+    for i, seed in enumerate(seeds):
+        lines.append(f"| {seed} | " + " | ".join(f"{values[i]:,.0f}" for values in columns.values()) + " |")
+    lines.append("| mean | " + " | ".join(f"{np.mean(values):,.0f}" for values in columns.values()) + " |\n")
+    for name in measures:
+        ours, theirs = columns[name, OURS], columns[name, SB3]
+        low, high = welch(ours, theirs)
+        difference = f"{np.mean(ours) - np.mean(theirs):+,.0f}, 95 % interval {low:+,.0f} to {high:+,.0f} (Welch)"
+        lines.append(f"{name}: ours minus SB3 {difference}  ")
+    return "\n".join(lines) + "\n"
+
+
+def welch(a: list[float], b: list[float]) -> tuple[float, float]:
+    """The 95 % interval of mean(a) - mean(b), for samples whose variances may differ (Welch 1947)."""
+    va, vb = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
+    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    half = student_t(0.975, freedom) * math.sqrt(va + vb)
+    middle = statistics.fmean(a) - statistics.fmean(b)
+    return middle - half, middle + half
+
+
+def student_t(p: float, freedom: float) -> float:
+    """Quantile of Student's t distribution: where t = sqrt(freedom) tan(x), x has density ~ cos(x)^(freedom - 1)."""
+    x = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
+    density = np.cos(x) ** (freedom - 1)
+    cumulative = np.cumsum(density) - density / 2
+    return math.sqrt(freedom) * math.tan(np.interp(p, cumulative / cumulative[-1], x))
+
+
+def draw(args: Ppo, results: dict[tuple[str, int, str], dict]) -> None:
+    """Return of the training episodes that end in each thirtieth of the run: mean over the seeds, each seed thin."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError('--png needs matplotlib: pip install -e ".[plots]"') from None
+    width = args.total_timesteps / 30
+    figure, axes = plt.subplots(1, len(args.env_id), figsize=(6 * len(args.env_id), 4), squeeze=False)
+    for axis, env_id in zip(axes[0], args.env_id):
+        for contender, colour in ((OURS, "tab:blue"), (SB3, "tab:orange")):
+            curves = []
+            for (its_env, _, its_contender), result in results.items():
+                if (its_env, its_contender) == (env_id, contender):
+                    step, returns, _ = np.array(result["episodes"]).T
+                    window = (step // width).astype(int)
+                    curves.append([returns[window == k].mean() if (window == k).any() else np.nan for k in range(30)])
+            middle = (np.arange(30) + 0.5) * width
+            axis.plot(middle, np.transpose(curves), color=colour, linewidth=0.5, alpha=0.5)
+            axis.plot(middle, np.mean(curves, axis=0), color=colour, linewidth=2, label=contender)
+        axis.set(title=env_id, xlabel="environment steps", ylabel="return of training episodes")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    figure.tight_layout()
+    figure.savefig(args.png, dpi=100)
+
+
+def bench_ppo(args: Ppo) -> None:
+    """Raises UserError if Stable-Baselines3 is missing, or a setting of the other comparison was given."""
+    try:
+        version("stable-baselines3")
+    except ImportError:
+        raise UserError('tools/bench.py ppo needs Stable-Baselines3: pip install -e ".[bench]"') from None
+    other = ("repeats", "steps") if args.learn else ("seeds", "total_timesteps", "processes", "out", "png")
+    for name in command.changed(args, Ppo()):
+        if name in other:
+            where = "without" if args.learn else "with"
+            raise UserError(f"--{name.replace('_', '-')} works only {where} --learn; leave it out")
+    for name, least in (("repeats", 1), ("steps", BATCH), ("seeds", 2), ("total_timesteps", BATCH), ("processes", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    bench_learn(args) if args.learn else bench_speed(args)
+
+
+# Environments and memory
+
+
 def make_policy(name: str, vec) -> rollout.Policy:
     """A scripted controller, or the policy in a file with its base."""
     if not run.is_policy_path(name):
         return rollout.scripted(name, vec)
     policy = run.load_policy(name)
     args = command.args_from(ppo_residual.Args, policy["args"], name)
-    agent = ppo_residual.make_agent(vec, args)
+    agent = ppo_residual.residual_agent(vec, args)
     run.load_agent(agent, policy, args, name)
     return ppo_residual.Corrected(agent, rollout.scripted(args.base_policy, vec), args, vec.single_action_space)
 
 
-def steps_per_second(args: Args, num_envs: int) -> tuple[float, float]:
+def steps_per_second(args: Envs, num_envs: int) -> tuple[float, float]:
     """Wall clock over base policy, observation, reward, autoreset and physics; and the same without the policy."""
     vec = envs.make_vec(args.env_id, num_envs, threads=args.threads, training=True)
     policy = make_policy(args.policy, vec)
@@ -73,7 +371,7 @@ def steps_per_second(args: Args, num_envs: int) -> tuple[float, float]:
     return steps / elapsed, steps / stepping
 
 
-def bench_envs(args: Args) -> None:
+def bench_envs(args: Envs) -> None:
     torch.set_num_threads(1)
     print(
         f"{args.env_id}, {args.threads} thread(s), policy {args.policy}; {run.cpu_name()}; commit {run.git_commit()}\n"
@@ -84,7 +382,7 @@ def bench_envs(args: Args) -> None:
         print(f"| {num_envs} | {rates[0]:,.0f} | {rates[1]:,.0f} |", flush=True)
 
 
-def bench_memory() -> None:
+def bench_memory(args: Memory) -> None:
     with tempfile.TemporaryDirectory() as folder:
         line = [sys.executable, ppo_residual.__file__, "--run-root", folder, "--total-timesteps", "20480"]
         subprocess.run(line, check=True, capture_output=True)
@@ -94,8 +392,9 @@ def bench_memory() -> None:
 
 def main() -> None:
     with command.command_line():
-        args = tyro.cli(Args, description=__doc__)
-        bench_envs(args) if args.what == "envs" else bench_memory()
+        args = tyro.cli(Envs | Memory | Ppo, description=__doc__)
+        benches: dict[type, Callable] = {Envs: bench_envs, Memory: bench_memory, Ppo: bench_ppo}
+        benches[type(args)](args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,582 @@
+"""bc_pretrain.py: what it records is what the expert meant where it was; its clones are policies like any others."""
+
+import hashlib
+import json
+import signal
+from dataclasses import asdict, replace
+
+import gymnasium as gym
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bc_pretrain as bc
+import envs
+import ppo_continuous
+from envs import rollout, run
+from envs.batch_env import BatchEnv
+from envs.lateral import FeedForward, LateralControl
+from envs.run import UserError
+
+
+class Straight:
+    """Goes home as fast as it can."""
+
+    def __call__(self, obs):
+        return np.clip(-obs[:, :1], -0.05, 0.15).astype(np.float32)
+
+
+class Home(BatchEnv):
+    """A point in [-1, 1] moves by its action; each step costs its distance from 0, where it has arrived; 30 steps."""
+
+    controllers = {"straight": Straight}  # noqa: RUF012
+
+    def __init__(self, num_envs=1, training=True, split="train", render_mode=None):
+        box, action = gym.spaces.Box(-20, 20, (1,), np.float32), gym.spaces.Box(-0.05, 0.15, (1,), np.float32)
+        super().__init__(num_envs, box, action, 30, training, split, render_mode)
+        self.x = np.zeros(num_envs)
+
+    def start(self, rows):
+        for i in rows:
+            self.x[i] = self.rngs[i].uniform(-1, 1)
+
+    def advance(self, action):
+        self.x += np.clip(action[:, 0], -0.05, 0.15)
+        arrived = np.abs(self.x) < 0.02
+        return -np.abs(self.x), arrived, {"is_success": arrived}
+
+    def observe(self, rows):
+        return self.x[rows, None].astype(np.float32)
+
+    def state(self):
+        return {"x": self.x}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home():
+    gym.register("CloneHome-v0", vector_entry_point=Home)
+    yield
+    del gym.registry["CloneHome-v0"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A directory of runs with demonstrations of both tasks."""
+    root = str(tmp_path_factory.mktemp("runs"))
+    bc.collect(bc.CollectArgs("lateral", episodes=5, seeds=(3, 4), run_root=root))
+    bc.collect(collect_home(root))
+    return root
+
+
+def collect_home(root, **changes):
+    settings = {"dataset": "home", "policy": "straight", "env_id": "CloneHome-v0", "episodes": 80, "seeds": (3, 4)}
+    return bc.CollectArgs(**{**settings, "action_noise": 0.25, "run_root": root, **changes})
+
+
+def read(root, name):
+    arrays = run.read_npz(run.dataset_file(bc.Args(name, run_root=root)))
+    episodes = [slice(*ends) for ends in zip(arrays["start"], arrays["start"][1:])]
+    return arrays, episodes
+
+
+def settings_of(root, **changes):
+    """A short training run on the home task."""
+    settings = {"dataset": "home", "epochs": 3, "hidden_sizes": (16,), "minibatch_size": 32, "eval_episodes": 4}
+    return bc.Args(**{**settings, "run_root": root, "run_name": "run", **changes})
+
+
+@pytest.fixture
+def fake_onnx(monkeypatch):
+    """The export takes longer than a tiny run; where it is not the subject it writes a placeholder."""
+    monkeypatch.setattr(run, "export_onnx", lambda agent, obs_dim, path, kind: path.write_bytes(b"onnx"))
+
+
+# Recording
+
+
+def test_the_recorded_actions_lead_through_the_recorded_observations(root):
+    """Observation, action and reward of one index are those of one step."""
+    arrays, episodes = read(root, "lateral")
+    assert arrays["obs"].shape == (2000, 46)
+    assert arrays["action"].shape == (2000, 1)
+    assert arrays["start"].tolist() == [0, 400, 800, 1200, 1600, 2000]
+    vec = LateralControl(5, training=False)
+    obs, _ = vec.reset(seed=[[0, k] for k in range(5)])
+    for t in range(400):
+        now = arrays["start"][:-1] + t
+        assert np.array_equal(obs, arrays["obs"][now])
+        obs, reward, *_ = vec.step(arrays["action"][now])
+        assert np.array_equal(reward.astype(np.float32), arrays["reward"][now])
+    assert vec.sim.t.tolist() == [100] * 5
+    for k, episode in enumerate(episodes):
+        assert arrays["reward"][episode].sum() == pytest.approx(arrays["returns"][k], rel=1e-5)
+    assert len(set(arrays["returns"])) == 5
+    assert not arrays["successes"].any()
+
+
+def test_the_recorded_actions_are_the_experts(root):
+    arrays, _ = read(root, "lateral")
+    expert, vec = FeedForward(), LateralControl(5, training=False)
+    vec.reset(seed=0)
+    expert.reset(np.arange(5), vec)
+    for t in range(50):
+        now = arrays["start"][:-1] + t
+        action = expert(arrays["obs"][now])
+        assert np.array_equal(action, arrays["action"][now])
+        vec.step(action)
+
+
+def test_episodes_go_on_counting_from_seed_to_seed(root):
+    """40 of the 80 episodes have seed 3, the others seed 4; episode i starts from SeedSequence([seed, i])."""
+    arrays, episodes = read(root, "home")
+    assert len(episodes) == 80
+    for k, episode in enumerate(episodes):
+        rng = np.random.default_rng(np.random.SeedSequence([3 if k < 40 else 4, k]))
+        assert arrays["obs"][episode.start, 0] == np.float32(rng.uniform(-1, 1))
+    assert len({episode.stop - episode.start for episode in episodes}) > 3
+
+
+def test_what_is_recorded_is_what_the_expert_meant_and_what_is_done_is_disturbed(tmp_path, monkeypatch):
+    advance, done = Home.advance, []
+    monkeypatch.setattr(Home, "advance", lambda self, action: done.append(action.copy()) or advance(self, action))
+    bc.collect(collect_home(str(tmp_path), episodes=24, seeds=(3,)))
+    arrays, episodes = read(str(tmp_path), "home")
+    assert np.array_equal(arrays["action"], Straight()(arrays["obs"]))
+    done = np.stack(done)  # row i begins with episode i
+    noise = [done[: e.stop - e.start, i] - arrays["action"][e] for i, e in enumerate(episodes)]
+    noise = np.concatenate(noise)
+    assert len(noise) > 150
+    assert np.std(noise) == pytest.approx(0.25 * 0.1, rel=0.15)  # half the range of the action is 0.1
+    assert abs(np.mean(noise)) < 0.006
+    assert np.abs(np.corrcoef(noise[1:, 0], noise[:-1, 0])[0, 1]) < 0.25
+
+
+def test_without_noise_the_expert_drives_itself(tmp_path):
+    bc.collect(collect_home(str(tmp_path), action_noise=0.0, episodes=4))
+    arrays, episodes = read(str(tmp_path), "home")
+    for episode in episodes:
+        obs, action = arrays["obs"][episode, 0], arrays["action"][episode, 0]
+        np.testing.assert_allclose(np.diff(obs), action[:-1], atol=1e-6)
+    assert arrays["successes"].all()
+    assert arrays["successes"].shape == arrays["returns"].shape == (4,)
+
+
+def test_recording_is_repeatable_and_each_seed_has_its_noise(tmp_path):
+    for name, seeds in (("a", (3, 4)), ("b", (3, 4)), ("c", (3, 5))):
+        bc.collect(collect_home(str(tmp_path), dataset=name, seeds=seeds, episodes=6))
+    a, b, c = (read(str(tmp_path), name)[0] for name in "abc")
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+    assert not np.array_equal(a["obs"][: len(c["obs"])], c["obs"][: len(a["obs"])])
+
+
+def test_the_number_of_rows_does_not_matter_without_noise(tmp_path, monkeypatch):
+    for name, rows in (("many", 24), ("few", 2)):
+        monkeypatch.setattr(rollout, "ROWS", rows)
+        bc.collect(collect_home(str(tmp_path), dataset=name, action_noise=0.0, episodes=7))
+    many, few = (read(str(tmp_path), name)[0] for name in ("many", "few"))
+    assert all(np.array_equal(many[name], few[name]) for name in many)
+
+
+@pytest.mark.parametrize("policy", ["feedforward", "pid"])
+def test_the_manifest_says_where_they_are_from(tmp_path, policy):
+    args = bc.CollectArgs("x", policy=policy, episodes=2, action_noise=0.125, run_root=str(tmp_path))
+    file = bc.collect(args)
+    assert file == tmp_path / "datasets" / "x.npz"
+    manifest = json.loads(file.with_suffix(".json").read_text())
+    assert manifest["env_id"] == "LateralControl-v0"
+    assert manifest["env_kwargs"] == {"action_mode": "absolute" if policy == "pid" else "delta"}
+    assert manifest["collected_with"] == json.loads(json.dumps(asdict(args)))
+    assert manifest["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (manifest["episodes"], manifest["steps"]) == (2, 800)
+    assert manifest["metrics"]["total_cost"] > 0
+    with np.load(file, allow_pickle=False) as arrays:
+        assert {name: arrays[name].dtype.kind for name in arrays} == {
+            "obs": "f", "action": "f", "reward": "f", "start": "i", "returns": "f", "successes": "b",
+        }  # fmt: skip
+
+
+def test_an_existing_name_is_refused(root):
+    before = run.dataset_file(settings_of(root)).read_bytes()
+    with pytest.raises(UserError, match=r"home\.npz exists; choose another --dataset"):
+        bc.collect(collect_home(root))
+    assert run.dataset_file(settings_of(root)).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"episodes": 1}, "--episodes must be 2 or more"),
+        ({"action_noise": -0.1}, "--action-noise 0 or more"),
+        ({"action_noise": float("nan")}, "--action-noise"),
+        ({"threads": 0}, "--threads 1 or more"),
+        ({"seeds": ()}, "--seeds not empty"),
+        ({"seeds": (-1,)}, "--seeds"),
+        ({"policy": "ik"}, "unknown policy 'ik': choose zero, straight"),
+        ({"policy": "missing.onnx"}, r"missing\.onnx: no such file"),
+        ({"env_id": "Homes-v0"}, "unknown environment 'Homes-v0'"),
+        ({"env_id": "CartPole-v1"}, "flat, bounded Box"),
+        ({"env_kwargs": {"colour": "red"}}, "no argument 'colour'"),
+        ({"env_id": "LateralControl-v0", "policy": "pid", "episodes": 700}, "of the train split, which has 600"),
+    ],
+)
+def test_recording_what_cannot_be_recorded(tmp_path, changes, message, monkeypatch):
+    """It is said before anything is played."""
+    step, calls = BatchEnv.step, []
+    monkeypatch.setattr(BatchEnv, "step", lambda self, action: calls.append(1) or step(self, action))
+    with pytest.raises(UserError, match=message) as error:
+        bc.collect(collect_home(str(tmp_path), **changes))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+    assert calls == []
+
+
+@given(total=st.integers(0, 1000), parts=st.integers(1, 20))
+def test_shares_are_equal_and_add_up(total, parts):
+    shares = bc.shared_out(total, parts)
+    assert len(shares) == parts
+    assert sum(shares) == total
+    assert max(shares) - min(shares) <= 1
+
+
+# Damaged demonstrations
+
+
+def damage(file, how):
+    """Leaves the demonstrations in a state that cannot be trained on."""
+    arrays, manifest = run.read_npz(file), json.loads(file.with_suffix(".json").read_text())
+    content = file.read_bytes()
+    if how == "missing":
+        file.unlink()
+    elif how == "cut short":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "a byte changed":
+        middle = len(content) // 3
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
+    elif how == "text":
+        file.write_text("not an archive")
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "objects":
+        np.savez(file, **{**arrays, "obs": np.array([{"a": 1}, None], dtype=object)})
+    elif how == "no action":
+        np.savez(file, **{name: array for name, array in arrays.items() if name != "action"})
+    elif how == "too few actions":
+        np.savez(file, **{**arrays, "action": arrays["action"][:-1]})
+    elif how == "flat observations":
+        np.savez(file, **{**arrays, "obs": arrays["obs"][:, 0]})
+    elif how == "starts not in order":
+        np.savez(file, **{**arrays, "start": arrays["start"][[0, 2, 1, *range(3, len(arrays["start"]))]]})
+    elif how == "starts beyond the end":
+        np.savez(file, **{**arrays, "start": arrays["start"] + 1})
+    elif how == "nan":
+        arrays["obs"][7] = np.nan
+        np.savez(file, **arrays)
+    elif how == "infinite action":
+        arrays["action"][7] = np.inf
+        np.savez(file, **arrays)
+    elif how == "no manifest":
+        file.with_suffix(".json").unlink()
+    elif how == "manifest not json":
+        file.with_suffix(".json").write_text("{")
+    elif how == "manifest a list":
+        file.with_suffix(".json").write_text("[]")
+    elif how == "another manifest":
+        file.with_suffix(".json").write_text(json.dumps({"args": {}}))
+    else:
+        file.with_suffix(".json").write_text(json.dumps({**manifest, "env_id": "Pendulum-v1", "env_kwargs": {}}))
+
+
+DAMAGES = {
+    "missing": r"home\.npz: no such file; record it",
+    "cut short": r"home\.npz: damaged .*; record it anew",
+    "a byte changed": r"home\.npz: damaged .*; record it anew",
+    "text": r"home\.npz: damaged .*; record it anew",
+    "empty": r"home\.npz: damaged .*; record it anew",
+    "objects": r"home\.npz: damaged .*; record it anew",
+    "no action": r"home\.npz: not demonstrations of this project; record them anew",
+    "too few actions": r"home\.npz: its arrays do not fit together",
+    "flat observations": r"home\.npz: its arrays do not fit together",
+    "starts not in order": r"home\.npz: its arrays do not fit together",
+    "starts beyond the end": r"home\.npz: its arrays do not fit together",
+    "nan": r"home\.npz: its arrays .*not finite; record them anew",
+    "infinite action": r"home\.npz: its arrays .*not finite; record them anew",
+    "no manifest": r"home\.json: no such file",
+    "manifest not json": r"home\.json: not JSON",
+    "manifest a list": r"home\.json: must hold one JSON object",
+    "another manifest": r"home\.npz: not demonstrations of this project",
+    "of another environment": r"--dataset home: Pendulum-v1 now has other observations or actions; record it anew",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_demonstrations(root, tmp_path, how):
+    (tmp_path / "datasets").mkdir()
+    for suffix in (".npz", ".json"):
+        file = run.dataset_file(settings_of(root)).with_suffix(suffix)
+        (tmp_path / "datasets" / file.name).write_bytes(file.read_bytes())
+    damage(tmp_path / "datasets" / "home.npz", how)
+    with pytest.raises(UserError, match=DAMAGES[how]) as error:
+        bc.train(settings_of(str(tmp_path)))
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["datasets"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "--epochs is out of range"),
+        ({"patience": 0}, "--patience is out of range"),
+        ({"minibatch_size": 0}, "--minibatch.size is out of range"),
+        ({"threads": 0}, "--threads is out of range"),
+        ({"learning_rate": 0.0}, "--learning.rate"),
+        ({"learning_rate": float("nan")}, "--learning.rate"),
+        ({"validation_share": 0.0}, "--validation.share"),
+        ({"validation_share": 1.0}, "--validation.share"),
+        ({"weight_decay": -1.0}, "--weight.decay"),
+        ({"hidden_sizes": (0,)}, "--hidden.sizes"),
+        ({"seed": -1}, "--seed"),
+        ({"eval_episodes": -1}, "--eval.episodes"),
+        ({"eval_episodes": 0}, "--eval-episodes 0 means all there are"),
+        ({"env_id": "SO101Paper-v0"}, "SO101Paper-v0 now has other observations or actions"),
+        ({"env_kwargs": {"colour": "red"}}, "no argument 'colour'"),
+        ({"eval_env_kwargs": {"colour": "red"}}, "no argument 'colour'"),
+        ({"dataset": "other"}, r"other\.(npz|json): no such file"),
+    ],
+)
+def test_training_that_cannot_work(root, tmp_path, changes, message):
+    settings = {"run_name": f"bad_{tmp_path.name}", **changes}
+    with pytest.raises(UserError, match=message) as error:
+        bc.train(settings_of(root, **settings))
+    assert "\n" not in str(error.value)
+    assert not (run.Path(root) / settings["run_name"]).exists()
+
+
+# Cloning
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=30), share=st.floats(0.01, 0.99), seed=st.integers(0, 99)
+)
+def test_whole_episodes_train_or_validate(lengths, share, seed):
+    start = np.cumsum([0, *lengths])
+    trains, validates = bc.split_episodes(start, share, seed)
+    assert sorted([*trains, *validates]) == list(range(sum(lengths)))
+    episode = np.repeat(np.arange(len(lengths)), lengths)
+    held_out = set(episode[validates])
+    assert held_out.isdisjoint(episode[trains])
+    assert len(held_out) >= 1
+    assert abs(len(held_out) - share * len(lengths)) <= 1
+
+
+def toy_problem(norm_obs=True, loss="mse"):
+    """Actions that are linear in observations, with noise of deviation .1, in the Gaussian's own units."""
+    torch.manual_seed(0)
+    args = bc.Args("none", loss=loss, norm_obs=norm_obs, hidden_sizes=(32,), minibatch_size=64)
+    bound = np.ones(2, np.float32)
+    agent = bc.Agent(3, -bound, bound, args)
+    obs = 5 + 2 * torch.randn(512, 3)
+    mean = 0.2 * (obs - 5) @ torch.tensor([[1.0, 0.0], [0.5, -1.0], [0.0, 1.0]])
+    if norm_obs:
+        agent.normalizer.update(obs)
+    return agent, args, obs, mean + 0.1 * torch.randn(512, 2)
+
+
+@pytest.mark.parametrize("norm_obs", [True, False])
+@pytest.mark.parametrize("loss", ["mse", "nll"])
+def test_either_loss_falls_and_only_nll_learns_the_deviation(loss, norm_obs):
+    agent, args, obs, action = toy_problem(norm_obs, loss)
+    before = bc.bc_loss(agent, args, obs, action).item()
+    optimizer = torch.optim.AdamW(agent.parameters(), lr=3e-3)
+    for _ in range(60):
+        bc.fit_epoch(agent, optimizer, args, (obs, action))
+    after = bc.bc_loss(agent, args, obs, action).item()
+    with torch.no_grad():
+        error = (agent.actor(agent.normalizer(obs)) - action).square().mean().sqrt()
+    assert after < (0.3 * before if loss == "mse" else before - 1)
+    assert error < 0.2
+    if loss == "mse":
+        assert agent.log_std.tolist() == [-0.5, -0.5]
+    else:
+        assert ((agent.log_std.exp() > 0.07) & (agent.log_std.exp() < 0.25)).all()
+
+
+def test_losses_by_hand():
+    agent, args, obs, action = toy_problem()
+    with torch.no_grad():
+        mean = agent.actor(agent.normalizer(obs))
+        mse = ((mean - action) ** 2).sum(1).mean()
+        normal = torch.distributions.Normal(mean, agent.log_std.exp())
+        assert bc.bc_loss(agent, args, obs, action) == pytest.approx(mse.item(), rel=1e-5)
+        nll = bc.bc_loss(agent, replace(args, loss="nll"), obs, action)
+        assert nll == pytest.approx(-normal.log_prob(action).sum(1).mean().item(), rel=1e-5)
+
+
+def test_an_epoch_sees_every_pair_once(monkeypatch):
+    agent, args, obs, action = toy_problem()
+    seen = []
+
+    def loss(agent, args, obs, action):
+        seen.append(torch.cat([obs, action], dim=1))
+        return agent.log_std.sum()
+
+    monkeypatch.setattr(bc, "bc_loss", loss)
+    bc.fit_epoch(agent, torch.optim.AdamW(agent.parameters()), args, (obs, action))
+    pairs = torch.cat([obs, action], dim=1)
+    assert {len(part) for part in seen} == {64}
+    assert sorted(torch.cat(seen).tolist()) == sorted(pairs.tolist())
+    assert not torch.equal(torch.cat(seen), pairs)
+
+
+def play(policy, root):
+    args = replace(settings_of(root, eval_episodes=100), env_id="CloneHome-v0")
+    return rollout.evaluate(policy, args, "test")["mean_return"]
+
+
+def test_a_clone_does_as_its_expert(root, fake_onnx):
+    """At least 90 % of the way from doing nothing to the expert, on unseen starts."""
+    args = settings_of(root, epochs=50, patience=50, learning_rate=1e-2, run_name="long")
+    summary = bc.train(args)
+    policy = run.load_policy(summary["run"], kind="policy")
+    vec = envs.make_vec("CloneHome-v0", 1)
+    agent = bc.make_agent(vec, replace(args, norm_obs=True))
+    run.load_agent(agent, policy, replace(args, env_id="CloneHome-v0"), "")
+    clone = rollout.Deployed(agent)
+    nothing, ours, expert = (play(p, root) for p in (rollout.Zero(1), clone, Straight()))
+    assert nothing + 0.9 * (expert - nothing) < ours <= expert + 0.1
+    obs = np.linspace(-1, 1, 50, dtype=np.float32)[:, None]
+    assert np.abs(clone(obs) - Straight()(obs)).max() < 0.05
+    rows = run.read_progress(run.run_folder(summary["run"]) / "progress.csv")
+    assert float(rows[-1]["validation/loss"]) < 0.1 * float(rows[0]["validation/loss"])
+
+
+def test_the_normaliser_is_that_of_the_training_episodes_and_is_saved(root, tmp_path, fake_onnx):
+    name = f"normal_{tmp_path.name}"
+    bc.train(settings_of(root, run_name=name))
+    arrays, _ = read(root, "home")
+    trains, _ = bc.split_episodes(arrays["start"], 0.1, 1)
+    agent = run.load(run.Path(root) / name / "best.pt")["agent"]
+    assert agent["normalizer.count"] == len(trains)
+    assert agent["normalizer.mean"].numpy() == pytest.approx(arrays["obs"][trains].mean(0), rel=1e-4)
+    assert agent["normalizer.var"].numpy() == pytest.approx(arrays["obs"][trains].var(0), rel=1e-4)
+    assert arrays["obs"].mean(0) != pytest.approx(arrays["obs"][trains].mean(0), rel=1e-4)
+    without = f"plain_{tmp_path.name}"
+    bc.train(settings_of(root, run_name=without, norm_obs=False))
+    assert not any("normalizer" in key for key in run.load(run.Path(root) / without / "best.pt")["agent"])
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_the_rest(root, tmp_path, monkeypatch, fake_onnx):
+    """An epoch that makes things worse each time, but for the second."""
+    epochs = []
+
+    def worse(agent, optimizer, args, data):
+        epochs.append(len(epochs) + 1)
+        with torch.no_grad():
+            agent.actor[-1].bias.fill_({1: 3.0, 2: 2.0}.get(len(epochs), 1.0 + len(epochs)))
+        return 1.0
+
+    monkeypatch.setattr(bc, "fit_epoch", worse)
+    folder = run.Path(root) / f"patience_{tmp_path.name}"
+    summary = bc.train(settings_of(root, run_name=folder.name, epochs=20, patience=3))
+    assert epochs == [1, 2, 3, 4, 5]
+    assert summary["best"]["step"] == 2
+    best = run.load(folder / "best.pt")
+    assert best["step"] == 2
+    assert best["agent"]["actor.2.bias"].tolist() == [2.0]
+    assert len(run.read_progress(folder / "progress.csv")) == 5
+
+
+@pytest.fixture(scope="module")
+def clone(root):
+    """The directory of a clone for LateralControl-v0, ONNX file and all."""
+    args = bc.Args("lateral", epochs=2, hidden_sizes=(8,), eval_episodes=2, run_root=root, run_name="clone")
+    return args, bc.train(args)
+
+
+def test_a_clone_leaves_a_whole_run(clone):
+    args, summary = clone
+    folder = run.Path(summary["run"])
+    names = {path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("events")}
+    assert names >= {"config.json", "summary.json", "progress.csv", "evaluations.jsonl", "best.pt", "policy.onnx"}
+    assert summary["status"] == "completed"
+    assert summary["best"]["metrics"]["total_cost"] > 0
+    config = json.loads((folder / "config.json").read_text())
+    assert config["env_id"] == "LateralControl-v0"
+    file = run.dataset_file(args)
+    assert config["parents"][str(file)]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    best = run.load_policy(str(folder), kind="policy")
+    assert set(best) == set(run.POLICY_KEYS)
+    assert best["env_kwargs"] == {"action_mode": "delta"}
+
+
+def test_the_exported_clone_is_the_best_one(clone, root):
+    folder = run.Path(clone[1]["run"])
+    obs = read(root, "lateral")[0]["obs"][:64]
+    args = replace(clone[0], env_id="LateralControl-v0", norm_obs=False)
+    agent = bc.make_agent(LateralControl(), args)
+    run.load_agent(agent, run.load(folder / "best.pt"), args, "")
+    action = onnxruntime.InferenceSession(str(folder / "policy.onnx")).run(["action"], {"obs": obs})[0]
+    np.testing.assert_allclose(action, agent(torch.as_tensor(obs)).detach(), rtol=0, atol=1e-5)
+
+
+def test_ppo_goes_on_from_a_clone(clone, tmp_path, fake_onnx, monkeypatch):
+    """With nothing but --pretrained and the sizes of its layers: all else that must match is tuned to."""
+    seen, learn = [], ppo_continuous.learn
+
+    def spy(agent, *args, **kwargs):
+        seen.append({name: x.clone() for name, x in agent.state_dict().items()})
+        return learn(agent, *args, **kwargs)
+
+    monkeypatch.setattr(ppo_continuous, "learn", spy)
+    settings = {"pretrained": clone[1]["run"], "hidden_sizes": (8,), "dry_run": True, "num_envs": 8, "num_steps": 8}
+    settings |= {"minibatch_size": 64, "group_size": 1, "run_root": str(tmp_path), "run_name": "run"}
+    summary = ppo_continuous.train(ppo_continuous.Args.tuned("LateralControl-v0", **settings))
+    assert summary["status"] == "completed"
+    theirs = run.load_policy(clone[1]["run"])["agent"]
+    assert all(torch.equal(seen[0][name], x) for name, x in theirs.items() if name != "log_std")
+
+
+def test_ppo_evaluates_a_clone(clone, root):
+    policy = clone[1]["run"]
+    settings = run.load_policy(policy)["args"]
+    settings = {name: settings[name] for name in ("env_id", "env_kwargs", "norm_obs", "init_log_std", "hidden_sizes")}
+    settings["hidden_sizes"] = tuple(settings["hidden_sizes"])
+    args = ppo_continuous.Args(**{**settings, "evaluate": policy, "eval_episodes": 2})
+    result = ppo_continuous.evaluate(args)
+    assert result["episodes"] == 2
+    assert result["metrics"]["total_cost"] == pytest.approx(-result["mean_return"])
+
+
+def test_the_command_line_evaluates_a_clone_with_nothing_but_its_name(clone, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["ppo_continuous.py", "--evaluate", clone[1]["run"], "--eval-episodes", "2"])
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ppo_continuous.main()
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    assert "2 episodes" in capsys.readouterr().out
+
+
+def test_a_clone_normalises_as_its_ppo_run():
+    for env_id in {*bc.TUNED, *ppo_continuous.TUNED}:
+        ours = bc.TUNED.get(env_id, {}).get("norm_obs", True)
+        assert ours == ppo_continuous.Args.tuned(env_id).norm_obs, env_id
+
+
+def test_a_mistake_ends_in_one_line(root, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bc_pretrain.py", "train", "--dataset", "none", "--run-root", root])
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            bc.main()
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert "no such file" in lines[0]
