@@ -219,7 +219,7 @@ def row(obs: Any, i: int) -> Any:
 class GymVec(gym.vector.VectorEnv):
     """Gymnasium's own environments, one after the other, with the seeds, the info and the autoreset of a BatchEnv.
 
-    Observations are Boxes. SyncVectorEnv would also gather the info of every step, for a tenth of HalfCheetah's time.
+    Observations are Boxes. SyncVectorEnv, which also gathers every step's info, takes a fifth longer on HalfCheetah.
     """
 
     def __init__(self, env_id: str, num_envs: int, split: str = "train", **kwargs: Any):

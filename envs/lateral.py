@@ -376,8 +376,8 @@ class LateralControl(BatchEnv):
         num_envs: cars, N.
         training, split, render_mode: see BatchEnv.
         action_mode: delta or absolute.
-        copies: while training, this many neighbouring rows drive the same segment in the same phase, each with its own
-            noise.
+        copies: while training, this many neighbouring rows drive the same segment in the same phase with the same
+            noise, so that what differs between them is of their own making (common random numbers).
         model_path: the challenge's tinyphysics.onnx; None for the embedded dynamics.
         data_path: a folder of the challenge's CSV files: by name the first 7/8 train, the rest validate; None for
             synthetic segments.
@@ -441,12 +441,11 @@ class LateralControl(BatchEnv):
                 segment[i] = self.upcoming[i] % len(self.road.names)
                 self.uniform[i] = official_noise(self.road.names[segment[i]])
                 continue
-            self.limit[i] = self.limit[leader]
-            segment[i] = segment[leader]
             if i == leader:
                 segment[i] = self.rngs[i].integers(len(self.road.names))
                 self.limit[i] = self.rngs[i].integers(2, STEPS + 1) if self.staggered else STEPS
-            self.uniform[i] = self.rngs[i].random(STEPS)
+                self.uniform[i] = self.rngs[i].random(STEPS)
+            segment[i], self.limit[i], self.uniform[i] = segment[leader], self.limit[leader], self.uniform[leader]
         self.upcoming[rows] += self.num_envs
         self.sim.start(rows, segment[rows])
         before = self.road.window(segment[rows], np.full(len(rows), FIRST), MEMORY + 1, 2)

@@ -379,6 +379,40 @@ def test_gym_vec_resets_only_the_rows_of_the_mask():
     assert info["episode"]["l"][1] == 7
 
 
+def test_gym_vec_looks_like_gymnasiums_own(monkeypatch):
+    vec = GymVec("Pendulum-v1", 3, render_mode="rgb_array")
+    own = gym.vector.SyncVectorEnv([lambda: gym.make("Pendulum-v1", render_mode="rgb_array")] * 3)
+    for name in ("num_envs", "observation_space", "action_space", "single_observation_space", "single_action_space"):
+        assert getattr(vec, name) == getattr(own, name)
+    assert vec.render_mode == "rgb_array"
+    assert vec.metadata["render_fps"] == own.metadata["render_fps"]
+    monkeypatch.setattr(vec.envs[0], "render", lambda: "row 0")
+    assert vec.render() == "row 0"
+    vec.close()
+    assert vec.closed
+
+
+def test_what_a_step_of_gym_vec_returned_does_not_change_later():
+    vec = GymVec("Pendulum-v1", 2, max_episode_steps=3)
+    live = [vec.reset(seed=0)[0], *(x for _ in range(3) for x in vec.step(np.ones((2, 1), np.float32)))]
+    before = [plain(x) for x in live]
+    for _ in range(4):
+        vec.step(np.ones((2, 1), np.float32))
+    assert_equal([plain(x) for x in live], before)
+
+
+def test_gym_vec_resumes_with_episodes_not_played_before():
+    vec, resumed = GymVec("Pendulum-v1", 2), GymVec("Pendulum-v1", 2)
+    first, _ = vec.reset(seed=5)
+    vec.step(np.ones((2, 1), np.float32))
+    state = vec.state_dict()
+    obs = resumed.load_state_dict(state)
+    assert not np.isin(obs, first).any()
+    assert resumed.state_dict() == state  # so that it can be resumed once more
+    resumed.step(np.ones((2, 1), np.float32))
+    assert not np.isin(vec.load_state_dict(resumed.state_dict()), obs).any()
+
+
 # make_vec
 
 

@@ -136,6 +136,7 @@ def test_episodes_go_on_counting_from_seed_to_seed(root):
     for k, episode in enumerate(episodes):
         rng = np.random.default_rng(np.random.SeedSequence([3 if k < 40 else 4, k]))
         assert arrays["obs"][episode.start, 0] == np.float32(rng.uniform(-1, 1))
+        assert arrays["reward"][episode].sum() == pytest.approx(arrays["returns"][k], rel=1e-5)
     assert len({episode.stop - episode.start for episode in episodes}) > 3
 
 

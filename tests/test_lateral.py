@@ -233,7 +233,11 @@ def test_draw_is_numpys_choice():
     e = np.exp(logits / 0.8 - np.max(logits / 0.8, axis=1, keepdims=True))
     chances = e / np.sum(e, axis=1, keepdims=True)
     expected = [np.random.RandomState(seed).choice(1024, p=chances[seed]) for seed in range(400)]
+    assert np.array_equal(distribution(logits), chances)
+    assert distribution(logits).dtype == np.float32
     assert draw(distribution(logits), uniform).tolist() == expected
+    even = distribution(np.zeros((1024, 1024), np.float32))  # a draw on the border of two bins is the upper one's
+    assert draw(even, np.arange(1024) / 1024).tolist() == list(range(1024))
 
 
 def test_tokens_are_the_official_ones():
@@ -278,7 +282,8 @@ def test_a_car_that_is_pushed_hard_stays_within_the_simulators_limits(roads):
 
 def transformer(width=16, seed=0, tail=()):
     """A small model with the challenge's signature: embeddings, one layer of attention, one of perceptrons, a head.
-    tail: (operator, inputs after the first, attributes) nodes that come after the head."""
+    tail: (operator, inputs after the first, attributes) nodes that come after the head; an input is a constant, or
+    (operator, attributes) that make it from what the node before gives, or (operator, attributes, constant)."""
     rng = np.random.default_rng(seed)
     nodes, constants = [], []
 
@@ -318,10 +323,16 @@ def transformer(width=16, seed=0, tail=()):
     x = node("Add", "perceived", x, linear("down", hidden, 2 * width, width))
     x = linear("head", norm("norm_head", x), width, 1024)
     for i, (kind, inputs, attributes) in enumerate(tail):
-        x = node(
-            kind, f"tail_{i}", x, *(constant(f"tail_{i}/{j}", value) for j, value in enumerate(inputs)), **attributes
-        )
-    node("Identity", "output", x)
+        made = []
+        for j, value in enumerate(inputs):
+            name = f"tail_{i}/{j}"
+            if isinstance(value, tuple):
+                operator, settings, *of = value
+                made.append(node(operator, name, constant(f"{name}/of", of[0]) if of else x, **settings))
+            else:
+                made.append(constant(name, value))
+        x = node(kind, f"tail_{i}", x, *made, **attributes)
+    nodes[-1].output[0] = "output"
     inputs = [
         helper.make_tensor_value_info("states", TensorProto.FLOAT, ["batch", 20, 4]),
         helper.make_tensor_value_info("tokens", TensorProto.INT64, ["batch", 20]),
@@ -365,23 +376,55 @@ def test_a_model_that_is_cut_already_is_left_as_it_is():
     assert model.SerializeToString() == before
 
 
+def at_each_position(seed):
+    return np.random.default_rng(seed).normal(size=(20, 1024)).astype(np.float32)
+
+
 @pytest.mark.parametrize(
     "tail",
     [
         [("Softmax", (), {"axis": 1})],
         [("CumSum", (np.int64(1),), {})],
-        [("Add", (np.random.default_rng(0).normal(size=(20, 1024)).astype(np.float32),), {})],
+        [("Add", (at_each_position(0),), {})],
+        [("Add", (("Tanh", {}, at_each_position(0)),), {})],
         [("ReduceMean", (), {"axes": [1]}), ("Expand", (np.array([1, 20, 1]),), {})],
         [("Transpose", (), {"perm": [0, 2, 1]}), ("Tanh", (), {}), ("Transpose", (), {"perm": [0, 2, 1]})],
     ],
-    ids=["softmax over time", "sum over time", "positions differ", "mean over time", "transposed"],
+    ids=[
+        "softmax over time",
+        "sum over time",
+        "positions differ",
+        "by a computed number",
+        "mean over time",
+        "transposed",
+    ],
 )
 def test_a_model_that_mixes_positions_at_its_end_is_used_as_a_whole(tail, tmp_path):
     model = transformer(tail=tail)
+    with pytest.raises(ValueError, match="position by position"):
+        last_position_only(model)
     onnx.save(model, tmp_path / "model.onnx")
     x = some_input(3)
     expected = session_of(model).run(None, x)[0][:, -1]
     assert np.array_equal(Dynamics(tmp_path / "model.onnx").logits(**x), expected)
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        [("Sub", (("ReduceMean", {"axes": [1]}),), {}), ("Tanh", (), {})],
+        [("Mul", (("Softmax", {"axis": 1}),), {})],
+        [("Sub", (("ReduceMean", {"axes": [-1]}),), {})],
+        [("Add", (("Transpose", {"perm": [0, 1, 2]}),), {})],
+        [("Mul", (np.float32(2),), {}), ("Add", (at_each_position(1)[0],), {})],
+    ],
+    ids=["less its mean over time", "times a softmax over time", "centred", "twice", "scaled"],
+)
+def test_whatever_comes_after_the_head_the_last_position_stays_the_same(tail):
+    model = transformer(tail=tail)
+    cut = session_of(last_position_only(model)).run(None, some_input(3))[0]
+    assert cut.shape == (3, 1, 1024)
+    assert np.array_equal(cut[:, 0], session_of(model).run(None, some_input(3))[0][:, -1])
 
 
 def save_model(path, output=(20, 1024), **inputs):
@@ -920,13 +963,17 @@ def test_render_draws_the_episode():
     vec = LateralControl(2, training=False, render_mode="rgb_array")
     vec.reset(seed=0)
     frames = [vec.render()]
-    for _ in range(3):
-        vec.step(np.ones((2, 1), np.float32))
+    for steps in (1, 1, 1, 50):
+        for _ in range(steps):
+            vec.step(np.ones((2, 1), np.float32))
         frames.append(vec.render())
-    assert all(frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3 for frame in frames)
-    assert frames[0].shape == frames[-1].shape
+    assert all(frame.dtype == np.uint8 and frame.shape == frames[0].shape for frame in frames)
+    assert frames[0].ndim == 3
     for before, after in pairwise(frames):
         assert not np.array_equal(before, after)
+    for colour in ((120, 120, 120), (200, 40, 40), (30, 90, 200), (20, 130, 60)):  # target, actual, steering, speed
+        begun, later = ((frame == colour).all(2).sum() for frame in (frames[1], frames[-1]))
+        assert later > begun + 20, colour
 
 
 def test_a_window_shows_every_step_and_closes(monkeypatch):
