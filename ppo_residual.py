@@ -226,6 +226,7 @@ class Agent(nn.Module):
         self.actor = mlp([obs_dim, *args.hidden_sizes, len(low)], gain=0.01)  # starts near zero
         self.critic = mlp([obs_dim, *args.hidden_sizes, 1], gain=1.0)
         self.log_std = nn.Parameter(torch.full((len(low),), args.init_log_std))
+        self.weights = list(self.parameters())  # listed once: to search the modules takes 3 % of a gradient step
         self.register_buffer("center", torch.as_tensor((high + low) / 2))
         self.register_buffer("scale", torch.as_tensor((high - low) / 2))
 
@@ -274,7 +275,7 @@ class Transitions(NamedTuple):
     """The transitions of one rollout, each field (T, N, ...); index t holds transition t only."""
 
     obs: Tensor
-    action: Tensor  # the residual as it was drawn, unclipped: that is what its log-probability belongs to
+    action: Tensor  # as it was drawn, unclipped: that is what its log-probability belongs to
     next_obs: Tensor  # where the action led, never the first observation of the next episode
     reward: Tensor
     terminated: Tensor
@@ -360,7 +361,9 @@ def ppo_loss(agent: Agent, args: Args, critic_only: bool, *minibatch: Tensor) ->
     # L = L_policy + c_v L_value - c_e H[pi]
     loss = args.vf_coef * value_loss
     if not critic_only:
-        loss = loss + policy_loss - args.ent_coef * entropy
+        loss = loss + policy_loss
+        if args.ent_coef > 0:
+            loss = loss - args.ent_coef * entropy
     with torch.no_grad():
         approx_kl = (ratio - 1 - log_ratio).mean()  # unbiased and never negative: http://joschu.net/blog/kl-approx.html
         clip_fraction = (ratio != clipped_ratio).float().mean()
@@ -371,7 +374,7 @@ def compute_gradient(agent: Agent, args: Args, critic_only: bool, *minibatch: Te
     """Leaves the clipped gradient of the loss in the agent's parameters. --compile compiles this function."""
     loss, stats = ppo_loss(agent, args, critic_only, *minibatch)
     loss.backward()
-    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=False)  # a form that compiles well
+    nn.utils.clip_grad_norm_(agent.weights, args.max_grad_norm, foreach=False)  # the loop compiles to faster code
     return stats
 
 
@@ -439,7 +442,7 @@ def train(args: Args) -> dict:
     resumed = command.load_to_resume(args, iterations * batch_size, kind="residual")
     device = run.prepare_torch(args)
     vec = envs.make_training(args)
-    base_policy = rollout.scripted(args.base_policy, vec)
+    base_policy = rollout.frozen(args.base_policy, vec)
     agent = residual_agent(vec, args).to(device)
     adam = {"lr": args.learning_rate, "eps": 1e-5, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(agent.parameters(), **adam)
@@ -512,7 +515,7 @@ def evaluate(args: Args) -> dict:
     envs.require_flat_box(vec)
     if not run.is_policy_path(args.evaluate):
         return rollout.measure(rollout.scripted(args.evaluate, vec), None, args)
-    base_policy, agent = rollout.scripted(args.base_policy, vec), residual_agent(vec, args)
+    base_policy, agent = rollout.frozen(args.base_policy, vec), residual_agent(vec, args)
     run.load_agent(agent, run.load_policy(args.evaluate, kind="residual"), args, args.evaluate)
     return rollout.measure(Corrected(agent, base_policy, args, vec.single_action_space), base_policy, args)
 

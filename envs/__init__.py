@@ -55,11 +55,38 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any)
 
 def make_training(args: Any) -> BatchEnv | GymVec:
     """The environments to train in, with flat Boxes; a mistake in --eval-env-kwargs shows here too, not only later."""
-    make_vec(args.env_id, 1, **{**args.env_kwargs, **args.eval_env_kwargs}).close()
+    check_evaluation(args)
+    if args.group_size > 1 and "copies" in args.env_kwargs:
+        raise UserError("copies is not for --env-kwargs: --group-size sets it; leave it out")
     grouped = {"copies": args.group_size} if args.group_size > 1 else {}
     vec = make_vec(args.env_id, args.num_envs, threads=args.threads, **grouped, **args.env_kwargs)
     require_flat_box(vec)
     return vec
+
+
+def check_evaluation(args: Any) -> None:
+    """Raises UserError if the validation episodes that args ask for cannot be played: at the start, not hours later."""
+    settings = {"training": False, "split": "validation", **args.env_kwargs, **args.eval_env_kwargs}
+    vec = make_vec(args.env_id, 1, **settings)
+    evaluation_episodes(args, vec)
+    vec.close()
+
+
+def evaluation_episodes(args: Any, vec: BatchEnv | GymVec) -> int:
+    """How many episodes an evaluation plays in vec: --eval-episodes, or with 0 all there are.
+
+    Raises:
+        UserError: more than there are, or all of a number without end.
+    """
+    limit = getattr(vec, "num_episodes", None)
+    if args.eval_episodes < 0:
+        raise UserError(f"--eval-episodes must be 0 or more, not {args.eval_episodes}")
+    if args.eval_episodes == 0 and limit is None:
+        raise UserError(f"--eval-episodes 0 means all there are, but {args.env_id} has no end of them; give a number")
+    if limit is not None and args.eval_episodes > limit:
+        advice = "--eval-episodes 0 plays all"
+        raise UserError(f"--eval-episodes {args.eval_episodes}: the {vec.split} split has only {limit}; {advice}")
+    return args.eval_episodes or limit
 
 
 def require_flat_box(vec: Any) -> None:

@@ -160,9 +160,7 @@ def checked(args: Any) -> Any:
     refuse(args.total_timesteps < batch, "total_timesteps", f"at least one rollout, num_envs * num_steps = {batch}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu, or install PyTorch with CUDA")
-    for name in ("env_id", "num_envs", "seed", "training", "split", "threads", "render_mode"):
-        if name in args.env_kwargs or name in args.eval_env_kwargs:
-            raise UserError(f"{name} is not for --env-kwargs: the script sets it; leave it out")
+    check_env_kwargs(args.env_kwargs, args.eval_env_kwargs)
     if args.render is not None and args.capture_video:
         raise UserError("--render human and --capture-video exclude each other; leave one out")
     for wanted, flag, package, extra in (
@@ -172,6 +170,13 @@ def checked(args: Any) -> Any:
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs {package}: pip install -e '.[{extra}]'")
     return args
+
+
+def check_env_kwargs(*dicts: dict) -> None:
+    """Raises UserError for an argument of the environment that is the script's to set."""
+    for name in ("env_id", "num_envs", "seed", "training", "split", "threads", "render_mode"):
+        if any(name in kwargs for kwargs in dicts):
+            raise UserError(f"{name} is not for --env-kwargs: the script sets it; leave it out")
 
 
 def args_from(args_class: type, values: dict, source: str) -> Any:

@@ -289,18 +289,19 @@ class ChallengeController:
 
     Args:
         policy: pid, velocity-pid, feedforward, or an exported policy.onnx.
+        action_mode: that of the environment in which an exported policy learned.
     """
 
     num_envs = 1
 
-    def __init__(self, policy: str):
+    def __init__(self, policy: str, action_mode: str = "delta"):
         from envs.rollout import OnnxPolicy
 
         if policy in CONTROLLERS:
             self.policy: Callable = CONTROLLERS[policy]()
         else:
             self.policy = OnnxPolicy(policy, OBSERVATIONS, 1)
-        self.absolute = getattr(self.policy, "env_kwargs", {}).get("action_mode") == "absolute"
+        self.absolute = getattr(self.policy, "env_kwargs", {}).get("action_mode", action_mode) == "absolute"
         self.rows: list[tuple] = []  # target, roll, v, a of the steps it was asked in
         self.lat: list[float] = []
         self.steer, self.integral = np.zeros(MEMORY), np.zeros(1)

@@ -74,18 +74,9 @@ def draw(probability: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     return (cdf <= uniform[:, None]).sum(1)
 
 
-def last_position_only(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose output (batch, time, n) is computed for the last position only, (batch, 1, n): the same numbers bit
-    for bit in three quarters of the time. It walks back from the output through operators that act on each position by
-    itself and that nothing else reads, and slices what flows into them.
-
-    Raises:
-        ValueError: the output is not made position by position.
-    """
-    if model.graph.output[0].type.tensor_type.shape.dim[1].dim_value == 1:
-        return model
-    model = onnx.shape_inference.infer_shapes(model)  # a copy
-    graph, output = model.graph, model.graph.output[0]
+def made_by_position(graph: onnx.GraphProto) -> tuple[set[str], dict[str, int]]:
+    """The first outputs of the nodes at the graph's end that act on each position by itself and that nothing else
+    reads, and the ranks of the constants by name."""
     rank = {i.name: len(i.type.tensor_type.shape.dim) for i in [*graph.value_info, *graph.input, *graph.output]}
     constant = {t.name: len(t.dims) for t in graph.initializer}  # their ranks
     constant |= {
@@ -107,15 +98,30 @@ def last_position_only(model: onnx.ModelProto) -> onnx.ModelProto:
             return attributes.get("axis", -1) in (-1, 2) and moving == [node.input[0]] and len(node.output) == 1
         return node.op_type in ELEMENTWISE and all(constant.get(name, 0) < 2 for name in node.input)
 
-    cut, made, read_whole = [], set(), {o.name for o in graph.output[1:]}
-    wanted = {output.name}
+    cut, wanted, read_whole = set(), {graph.output[0].name}, {o.name for o in graph.output[1:]}
     for node in reversed(graph.node):  # whoever reads a tensor comes before the node that makes it
         if wanted.intersection(node.output) and not read_whole.intersection(node.output) and by_position(node):
-            cut.append(node.output[0])
-            made.update(node.output)
+            cut.add(node.output[0])
             wanted.update(name for name in node.input if name not in constant)
         else:
             read_whole.update(node.input)
+    return cut, constant
+
+
+def last_position_only(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose output (batch, time, n) is computed for the last position only, (batch, 1, n): the same numbers bit
+    for bit in three quarters of the time. It walks back from the output through operators that act on each position by
+    itself and that nothing else reads, and slices what flows into them.
+
+    Raises:
+        ValueError: the output is not made position by position.
+    """
+    if model.graph.output[0].type.tensor_type.shape.dim[1].dim_value == 1:
+        return model
+    model = onnx.shape_inference.infer_shapes(model)  # a copy
+    graph, output = model.graph, model.graph.output[0]
+    cut, constant = made_by_position(graph)
+    made = {name for node in graph.node if node.output[0] in cut for name in node.output}
     if output.name not in made:
         raise ValueError("the output is not made position by position")
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
+from envs.run import UserError
+
 Curve = tuple[str, tuple[int, int, int], np.ndarray]  # label, colour, values at the steps 0, 1, ...
 INK, GRID, PAPER = (60, 60, 60), (225, 225, 225), (255, 255, 255)
 
@@ -52,9 +54,12 @@ class Window:
     """A window that shows one picture after the other; closing it ends the program with an error."""
 
     def __init__(self, title: str):
-        import tkinter
+        try:
+            import tkinter
 
-        self.root = tkinter.Tk()
+            self.root = tkinter.Tk()
+        except Exception as error:  # no tkinter, or its TclError where there is no display
+            raise UserError(f"no window can be opened here ({error}); --capture-video records one instead") from error
         self.root.title(title)
         self.label = tkinter.Label(self.root)
         self.label.pack()

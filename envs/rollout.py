@@ -114,11 +114,7 @@ def evaluate(policy: Policy, args: Any, split: str = "test", video: Path | None 
     )
     try:
         film = Film(vec, video) if video else None
-        episodes = args.eval_episodes or getattr(vec, "num_episodes", None)
-        if episodes is None:
-            raise UserError(
-                f"--eval-episodes 0 means all there are, but {args.env_id} has no end of them; give a number"
-            )
+        episodes = envs.evaluation_episodes(args, vec)
         results = rollout(policy, vec, episodes, args.eval_seed, film)
     finally:
         vec.close()
@@ -315,6 +311,15 @@ def scripted(name: str, vec: Any) -> Policy:
             raise UserError(f"{name}: a blend is written blend:A:B:w, such as blend:ik:zero:0.5") from None
         if len(parts) > 4 or not 0 <= weight <= 1:
             raise UserError(f"{name}: a blend is blend:A:B:w with two policies and a weight w of A between 0 and 1")
-        return Blend(scripted(a, vec), scripted(b, vec), weight)
+        return Blend(frozen(a, vec), frozen(b, vec), weight)
     known = ", ".join(["zero", *controllers])
     raise UserError(f"unknown policy {name!r}: choose {known}, PATH.onnx or blend:A:B:w")
+
+
+def frozen(name: str, vec: Any) -> Policy:
+    """The policy of that name, if the observation is all that it looks at: a base policy, or a part of a blend."""
+    policy = scripted(name, vec)
+    if hasattr(policy, "reset"):
+        advice = "clone it to an ONNX file, or choose one that needs no more"
+        raise UserError(f"{name} looks at more than the observation; {advice}")
+    return policy

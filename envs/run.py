@@ -472,7 +472,8 @@ class Run:
                 save(self.folder / "interrupted.pt", self.snapshot)
             step = self.snapshot["step"] if self.snapshot else self.start_step
             self.summarize("interrupted", step)
-            print(f"\nstopped at step {step:,}; to go on: --resume {self.folder}", file=sys.stderr)
+            how = f"; to go on: --resume {self.folder}" if self.snapshot else ""  # nothing was saved without one
+            print(f"\nstopped at step {step:,}{how}", file=sys.stderr)
         elif not self.finished and error is not None:
             with contextlib.suppress(UserError):  # such as a full disk: the error itself is what the user must see
                 self.summarize("failed", self.snapshot["step"] if self.snapshot else self.start_step, error=str(error))

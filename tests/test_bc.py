@@ -220,6 +220,8 @@ def test_an_existing_name_is_refused(root):
         ({"env_id": "Homes-v0"}, "unknown environment 'Homes-v0'"),
         ({"env_id": "CartPole-v1"}, "flat, bounded Box"),
         ({"env_kwargs": {"colour": "red"}}, "no argument 'colour'"),
+        ({"env_kwargs": {"split": "test"}}, "split is not for --env-kwargs"),
+        ({"env_kwargs": {"training": True}}, "training is not for --env-kwargs"),
         ({"env_id": "LateralControl-v0", "policy": "pid", "episodes": 700}, "of the train split, which has 600"),
     ],
 )
@@ -343,6 +345,8 @@ def test_damaged_demonstrations(root, tmp_path, how):
         ({"eval_episodes": 0}, "--eval-episodes 0 means all there are"),
         ({"env_id": "SO101Paper-v0"}, "SO101Paper-v0 now has other observations or actions"),
         ({"env_kwargs": {"colour": "red"}}, "no argument 'colour'"),
+        ({"env_kwargs": {"split": "test"}}, "split is not for --env-kwargs"),
+        ({"eval_env_kwargs": {"split": "test"}}, "split is not for --env-kwargs"),
         ({"eval_env_kwargs": {"colour": "red"}}, "no argument 'colour'"),
         ({"dataset": "other"}, r"other\.(npz|json): no such file"),
     ],
@@ -369,6 +373,7 @@ def test_whole_episodes_train_or_validate(lengths, share, seed):
     held_out = set(episode[validates])
     assert held_out.isdisjoint(episode[trains])
     assert len(held_out) >= 1
+    assert len(trains) >= 1
     assert abs(len(held_out) - share * len(lengths)) <= 1
 
 
@@ -487,6 +492,18 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_rest(root, tmp_path, monke
     assert best["step"] == 2
     assert best["agent"]["actor.2.bias"].tolist() == [2.0]
     assert len(run.read_progress(folder / "progress.csv")) == 5
+
+
+def test_a_clone_that_is_interrupted_says_so_and_does_not_offer_to_resume(root, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise run.Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(bc, "fit_epoch", interrupted)
+    folder = run.Path(root) / f"interrupted_{tmp_path.name}"
+    with pytest.raises(run.Interrupted):
+        bc.train(settings_of(root, run_name=folder.name))
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+    assert "--resume" not in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

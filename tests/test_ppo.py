@@ -1,5 +1,6 @@
 """The algorithm of the PPO scripts: its formulas against plain reimplementations, its policy files, its failures."""
 
+import copy
 import functools
 import json
 import math
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from copy import deepcopy
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -227,6 +229,14 @@ def test_update_is_adam_on_the_clipped_gradient():
         torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
 
 
+def test_weights_are_the_parameters_of_every_copy():
+    agent = make_agent()
+    for copy in (agent, deepcopy(agent), deepcopy(agent).double(), deepcopy(agent).double().float()):
+        assert [id(x) for x in copy.weights] == [id(x) for x in copy.parameters()]
+    agent.load_state_dict(make_agent(seed=1).state_dict())
+    assert [id(x) for x in agent.weights] == [id(x) for x in agent.parameters()]
+
+
 def test_critic_warmup_leaves_the_actor_as_it_is():
     args = ppo.Args(minibatch_size=16, update_epochs=2, weight_decay=0.1)
     agent, before = make_agent(), make_agent()
@@ -323,6 +333,12 @@ def test_agent_is_a_normal_distribution(norm_obs):
     torch.testing.assert_close(value, agent.value(obs))
     torch.testing.assert_close(agent(obs), policy.mean.clamp(-1, 1))
     assert agent(obs).abs().max() == 1  # some are clipped, so the line above says something
+
+
+def test_the_list_of_weights_is_that_of_the_parameters_also_in_copies():
+    agent = make_agent()
+    for one in (agent, copy.deepcopy(agent), agent.double(), copy.deepcopy(agent).float()):
+        assert [id(x) for x in one.weights] == [id(x) for x in one.parameters()]
 
 
 def test_agent_samples_its_distribution():

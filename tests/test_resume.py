@@ -17,6 +17,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import ppo_continuous
 import ppo_residual as ppo
 from envs import rollout, run, so101
 
@@ -198,6 +199,23 @@ def test_interrupted_run_continues_as_if_nothing_had_been(whole, tmp_path, where
     assert run.find_checkpoint(str(folder)).name in ("interrupted.pt", f"step_{snapshot['step']:09d}.pt")
     ppo.train(replace(tiny(folder), resume=str(folder / "interrupted.pt"), run_name=None))
     same_runs(folder, whole)
+
+
+def test_ppo_continuous_with_copies_and_a_schedule_continues_as_if_nothing_had_been(tmp_path):
+    args = ppo_continuous.Args.tuned(
+        "LateralControl-v0", num_envs=4, num_steps=16, minibatch_size=32, update_epochs=2, group_size=2,
+        critic_warmup=1, hidden_sizes=(8,), init_log_std=-1.0, final_log_std=-3.0, total_timesteps=FULL,
+        eval_every=0, eval_episodes=2, checkpoint_every=BATCH, run_root=str(tmp_path), run_name="whole",
+    )  # fmt: skip
+    ppo_continuous.train(args)
+    folder = cut(tmp_path / "whole", tmp_path / "run")
+    summary = ppo_continuous.train(replace(args, resume=str(folder), run_name=None))
+    assert (summary["status"], summary["resumed_from_step"]) == ("completed", HALF)
+    same_runs(folder, tmp_path / "whole")
+    first, last = (run.load(folder / name)["agent"] for name in ("checkpoints/step_000000064.pt", "final.pt"))
+    assert first["log_std"].tolist() == [-1.0]
+    assert last["log_std"].tolist() == pytest.approx([-1.0 - 2.0 * 5 / 6])
+    assert not torch.equal(first["actor.0.weight"], last["actor.0.weight"])
 
 
 def test_best_policy_follows_a_run_into_another_directory(tmp_path, monkeypatch):

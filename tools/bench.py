@@ -183,13 +183,15 @@ def train_sb3(args: ppo_continuous.Args) -> dict:
 
 @contextlib.contextmanager
 def workers(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """A fresh process for every call, `processes` at a time; what has not begun is dropped when something fails."""
+    """A fresh process for every call, `processes` at a time; when something fails or stops it, they end at once."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=spawn, max_tasks_per_child=1) as pool:
         try:
             yield pool
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
             raise
 
 
