@@ -148,7 +148,7 @@ CLEANRL = {"num_envs": 1, "num_steps": 2048}  # one environment, as CleanRL's pu
 TUNED: dict[str, dict] = {
     "LateralControl-v0": {
         "total_timesteps": 600_000, "num_envs": 128, "num_steps": 50, "minibatch_size": 1600, "update_epochs": 8,
-        "learning_rate": 1e-3, "gamma": 0.9, "gae_lambda": 0.9, "clip_value": False, "target_kl": 0.03,
+        "learning_rate": 1e-3, "gamma": 0.9, "gae_lambda": 0.95, "clip_value": False, "target_kl": 0.03,
         "norm_obs": False,  # the observations are scaled by hand
         "group_size": 8, "init_log_std": -1.0, "final_log_std": -3.0, "eval_every": 60_000, "eval_episodes": 0,
     },

@@ -231,8 +231,8 @@ def test_update_is_adam_on_the_clipped_gradient():
 
 def test_weights_are_the_parameters_of_every_copy():
     agent = make_agent()
-    for copy in (agent, deepcopy(agent), deepcopy(agent).double(), deepcopy(agent).double().float()):
-        assert [id(x) for x in copy.weights] == [id(x) for x in copy.parameters()]
+    for twin in (agent, deepcopy(agent), deepcopy(agent).double(), deepcopy(agent).double().float()):
+        assert [id(x) for x in twin.weights] == [id(x) for x in twin.parameters()]
     agent.load_state_dict(make_agent(seed=1).state_dict())
     assert [id(x) for x in agent.weights] == [id(x) for x in agent.parameters()]
 
