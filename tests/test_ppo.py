@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from copy import deepcopy
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -231,7 +230,7 @@ def test_update_is_adam_on_the_clipped_gradient():
 
 def test_weights_are_the_parameters_of_every_copy():
     agent = make_agent()
-    for twin in (agent, deepcopy(agent), deepcopy(agent).double(), deepcopy(agent).double().float()):
+    for twin in (agent, copy.deepcopy(agent), copy.deepcopy(agent).double(), copy.deepcopy(agent).double().float()):
         assert [id(x) for x in twin.weights] == [id(x) for x in twin.parameters()]
     agent.load_state_dict(make_agent(seed=1).state_dict())
     assert [id(x) for x in agent.weights] == [id(x) for x in agent.parameters()]

@@ -4,6 +4,8 @@
     python tools/bench.py ppo --learn --processes 2  what both learn, ten runs each; stopped, it goes on where it was
     python tools/bench.py envs                       steps/s of 8, 16, 64, 256 simulations under a policy, one thread
     python tools/bench.py envs --threads 2 --policy runs/<run>
+    python tools/bench.py envs --env-id LateralControl-v0 --policy zero --num-envs 1 8 64 128
+        [--env-kwargs model_path tinyphysics.onnx data_path segments]      beside a plain loop as the official one
     python tools/bench.py memory                     resident memory of a training run
 
 Both sides of `ppo` run with SETTINGS below (pip install -e ".[bench]" brings Stable-Baselines3). Compare CPU time where
@@ -23,13 +25,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import onnxruntime
 import torch
 import tyro
 
@@ -38,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import envs
 import ppo_continuous
 import ppo_residual
-from envs import command, rollout, run
+from envs import command, lateral, lateral_model, rollout, run
 from envs.run import UserError
 
 
@@ -68,6 +71,8 @@ class Ppo:
 class Envs:
     env_id: str = "SO101Paper-v0"
     """environment to measure"""
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """arguments of the environment, KEY VALUE ..."""
     policy: str = "runs/reference/so101"
     """policy that acts while it is measured, a file, a run or a scripted controller"""
     num_envs: tuple[int, ...] = (8, 16, 64, 256)
@@ -350,17 +355,22 @@ def make_policy(name: str, vec) -> rollout.Policy:
     if not run.is_policy_path(name):
         return rollout.scripted(name, vec)
     policy = run.load_policy(name)
-    args = command.args_from(ppo_residual.Args, policy["args"], name)
-    agent = ppo_residual.residual_agent(vec, args)
+    script = ppo_residual if policy["kind"] == "residual" else ppo_continuous
+    args = replace(script.Args(env_id=policy["env_id"]), **policy["args"])
+    agent = script.residual_agent(vec, args) if script is ppo_residual else script.make_agent(vec, args)
     run.load_agent(agent, policy, args, name)
+    if script is ppo_continuous:
+        return rollout.Deployed(agent)
     return ppo_residual.Corrected(agent, rollout.scripted(args.base_policy, vec), args, vec.single_action_space)
 
 
 def steps_per_second(args: Envs, num_envs: int) -> tuple[float, float]:
     """Wall clock over base policy, observation, reward, autoreset and physics; and the same without the policy."""
-    vec = envs.make_vec(args.env_id, num_envs, threads=args.threads, training=True)
+    vec = envs.make_vec(args.env_id, num_envs, threads=args.threads, training=True, **args.env_kwargs)
     policy = make_policy(args.policy, vec)
     obs, _ = vec.reset(seed=0)
+    if hasattr(policy, "reset"):
+        policy.reset(np.arange(num_envs), vec)
     for _ in range(50):  # past the start, where nothing touches yet
         obs, *_ = vec.step(policy(obs))
     steps, stepping, begin = 0, 0.0, time.perf_counter()
@@ -382,6 +392,70 @@ def bench_envs(args: Envs) -> None:
     for num_envs in args.num_envs:
         rates = np.median([steps_per_second(args, num_envs) for _ in range(args.repeats)], axis=0)
         print(f"| {num_envs} | {rates[0]:,.0f} | {rates[1]:,.0f} |", flush=True)
+    if args.env_id.removeprefix("envs:") == "LateralControl-v0":
+        bench_lateral(args)
+
+
+def bench_lateral(args: Envs) -> None:
+    """Whole segments a second: the official simulator's loop, one car and all rows of a segment, and ours with 64 cars
+    and the scored steps only; and the share of its time that ours spends in the ONNX model."""
+    path = args.env_kwargs.get("model_path") or lateral.EMBEDDED
+    vec = envs.make_vec(args.env_id, 64, training=False, split="train", threads=args.threads, **args.env_kwargs)
+    whole_model = onnxruntime.InferenceSession(path, single_threaded(), providers=["CPUExecutionProvider"])
+    plain, batched, share = [], [], []
+    for repeat in range(args.repeats):
+        begin = time.perf_counter()
+        for segment in range(2):
+            plain_rollout(whole_model, vec.road, segment + repeat)
+        plain.append(2 / (time.perf_counter() - begin))
+
+        vec.reset(seed=repeat)
+        action, inside, begin = np.zeros((64, 1)), [], time.perf_counter()
+        with patch.object(vec.sim.dynamics, "logits", timed(vec.sim.dynamics.logits, inside)):
+            for _ in range(lateral.STEPS):
+                vec.step(action)
+        elapsed = time.perf_counter() - begin
+        batched.append(64 / elapsed)
+        share.append(sum(inside) / elapsed)
+    ours, theirs = statistics.median(batched), statistics.median(plain)
+    print(f"\nsegments/s: ours {ours:.2f}, plain loop {theirs:.2f}: {ours / theirs:.2f} times as many")
+    print(f"share of the ONNX model in our time: {statistics.median(share):.0%}")
+
+
+def timed(function: Callable, durations: list[float]) -> Callable:
+    def call(*args: Any) -> Any:
+        begin = time.perf_counter()
+        result = function(*args)
+        durations.append(time.perf_counter() - begin)
+        return result
+
+    return call
+
+
+def single_threaded() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return options
+
+
+def plain_rollout(model: onnxruntime.InferenceSession, road: lateral.Road, segment: int, rows: int = 580) -> None:
+    """One car as the official simulator runs it, from row 20 to its end (ours are cut shorter: the last one repeats),
+    with its PID controller."""
+    rng = np.random.RandomState(0)
+    row = np.minimum(np.arange(20 + rows), len(road.target[segment]) - 1)
+    target, states = road.target[segment][row], np.stack([road.roll, road.v, road.a], axis=-1)[segment][row]
+    lat, steer = list(target[:20]), list(road.steer[segment][:20])
+    integral = previous = 0.0
+    for t in range(20, 20 + rows):
+        error = target[t] - lat[-1]
+        integral, slope, previous = integral + error, error - previous, error
+        action = 0.195 * error + 0.1 * integral - 0.053 * slope
+        steer.append(float(np.clip(road.steer[segment][t] if t < lateral.FIRST else action, -2, 2)))
+        context = np.column_stack([steer[-20:], states[t - 19 : t + 1]]).astype(np.float32)
+        logits = model.run(None, {"states": context[None], "tokens": lateral_model.tokens_of(np.array([lat[-20:]]))})[0]
+        p = lateral_model.distribution(logits[:, -1])[0]
+        drawn = lateral_model.BINS[rng.choice(len(p), p=p)]
+        lat.append(target[t] if t < lateral.FIRST else float(np.clip(drawn, lat[-1] - 0.5, lat[-1] + 0.5)))
 
 
 def bench_memory(args: Memory) -> None:

@@ -25,6 +25,8 @@ class Args:
     """run directories"""
     png: str | None = None
     """where to draw the learning curves, over the steps that all runs have: mean, shaded from lowest to highest"""
+    training: bool = True
+    """with --png: also draw the training episodes, whose reward may be another than that of the published task"""
 
 
 def read_run(path: str) -> dict:
@@ -50,6 +52,9 @@ def table(runs: list[dict]) -> str:
         "test success": lambda run: run["test"]["success_rate"],
         "base alone": lambda run: run["test"]["base"]["success_rate"],
         "paired gain": lambda run: run["test"]["gain"]["gain"],
+        "test return": lambda run: run["test"]["mean_return"],
+        "total_cost": lambda run: run["test"]["metrics"]["total_cost"],
+        "median": lambda run: float(np.median([episode["total_cost"] for episode in run["test"]["per_episode"]])),
         "yaw error": lambda run: run["test"]["metrics"]["yaw_error"],
         "base yaw error": lambda run: run["test"]["base"]["metrics"]["yaw_error"],
         # that of a resumed run is of its last part only
@@ -87,8 +92,8 @@ def origin(runs: list[dict]) -> str:
     return text + (f" (not the same for {len(differ)} of {len(runs)} runs)" if differ else "")
 
 
-def draw(runs: list[dict], path: str) -> None:
-    """Success, return and episode length over steps."""
+def draw(runs: list[dict], path: str, with_training: bool) -> None:
+    """Success where there is one, return and episode length over steps."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -98,11 +103,17 @@ def draw(runs: list[dict], path: str) -> None:
         ("return", "rollout/ep_reward", "mean_return"),
         ("episode length (steps)", "rollout/ep_length", "mean_length"),
     )
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    for axis, (title, scalar, name) in zip(axes, panels):
+    panels = [  # those in which there is something to see
+        panel for panel in panels if len({row[panel[2]] for run in runs for row in run["evaluations"]}) > 1
+    ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained", squeeze=False)
+    for axis, (title, scalar, name) in zip(axes[0], panels):
         training = [{int(row["step"]): float(row[scalar]) for row in run["progress"] if row[scalar]} for run in runs]
         evaluation = [{row["step"]: row[name] for row in run["evaluations"]} for run in runs]
-        for curves, label, colour in ((training, "training", "tab:grey"), (evaluation, "evaluation", "tab:blue")):
+        shown = [(evaluation, "evaluation", "tab:blue")]
+        if with_training:
+            shown.insert(0, (training, "training", "tab:grey"))
+        for curves, label, colour in shown:
             steps = sorted(set.intersection(*(set(curve) for curve in curves)))
             if not steps:  # nothing that all runs have
                 continue
@@ -110,9 +121,12 @@ def draw(runs: list[dict], path: str) -> None:
             axis.plot(steps, values.mean(0), color=colour, label=label, marker="o" if label == "evaluation" else None)
             axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
         axis.set(title=title, xlabel="environment steps")
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.locator_params(axis="x", nbins=4)
         axis.grid(alpha=0.3)
-    axes[0].set_ylim(0, 1)
-    axes[0].legend()
+        if title == "success":
+            axis.set_ylim(0, 1)
+    axes[0, 0].legend()
     figure.savefig(path, dpi=100)
 
 
@@ -124,7 +138,7 @@ def main() -> None:
         runs = [read_run(path) for path in args.runs]
         print(f"{table(runs)}\n\n{origin(runs)}")
         if args.png is not None:
-            draw(runs, args.png)
+            draw(runs, args.png, args.training)
 
 
 if __name__ == "__main__":
