@@ -105,7 +105,7 @@ class Simulator:
     Attributes:
         segment, t: (N,) where each car is.
         lat: (N, 20) its lateral accelerations of steps t-20..t-1, m/s^2.
-        steer: (N, 20) its steering of those steps, right-positive, in [-2, 2].
+        steer: (N, 20) its steering of those steps, in [-2, 2]; more of it gives more lateral acceleration.
     """
 
     def __init__(self, num_cars: int, road: Road, dynamics: Dynamics):
