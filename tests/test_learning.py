@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import envs
+import ppo_continuous
 import ppo_residual as ppo
 from envs import rollout, run
 from envs.batch_env import BatchEnv
@@ -82,3 +83,32 @@ def test_the_residual_brings_the_sheet_into_the_frame(tmp_path, seed):
     assert 0.45 <= result["base"]["success_rate"] <= 0.65
     assert result["gain"]["gain"] >= 0.3
     assert result["metrics"]["yaw_error"] < result["base"]["metrics"]["yaw_error"]
+
+
+def test_plain_ppo_brings_the_point_home_too(home, tmp_path):
+    """The same task without a base policy, its action bounds taken from the environment."""
+    args = ppo_continuous.Args(
+        env_id=home,
+        total_timesteps=20_480,
+        num_steps=64,
+        learning_rate=1e-3,
+        init_log_std=-0.5,
+        eval_every=0,
+        checkpoint_every=0,
+        eval_episodes=200,
+        run_root=str(tmp_path),
+    )
+    learned = ppo_continuous.train(args)["best"]["mean_return"]
+    nothing, best = (rollout.evaluate(p, args, "validation")["mean_return"] for p in (rollout.Zero(1), straight_home))
+    assert nothing + 0.9 * (best - nothing) < learned <= best + 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_steering_from_scratch_costs_less_than_half_of_pid(tmp_path, seed):
+    """The default command: at most 45 % of the official controller's cost on the 200 segments of the test split."""
+    args = ppo_continuous.Args.tuned(seed=seed, run_root=str(tmp_path), checkpoint_every=0, eval_every=0)
+    learned = ppo_continuous.evaluate(ppo_continuous.Args.tuned(evaluate=ppo_continuous.train(args)["run"]))
+    pid = ppo_continuous.evaluate(ppo_continuous.Args.tuned(evaluate="pid"))
+    assert 95 <= pid["metrics"]["total_cost"] <= 115
+    assert learned["metrics"]["total_cost"] <= 0.45 * pid["metrics"]["total_cost"]

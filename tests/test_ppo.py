@@ -228,6 +228,14 @@ def test_update_is_adam_on_the_clipped_gradient():
         torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
 
 
+def test_weights_are_the_parameters_of_every_copy():
+    agent = make_agent()
+    for twin in (agent, copy.deepcopy(agent), copy.deepcopy(agent).double(), copy.deepcopy(agent).double().float()):
+        assert [id(x) for x in twin.weights] == [id(x) for x in twin.parameters()]
+    agent.load_state_dict(make_agent(seed=1).state_dict())
+    assert [id(x) for x in agent.weights] == [id(x) for x in agent.parameters()]
+
+
 def test_critic_warmup_leaves_the_actor_as_it_is():
     args = ppo.Args(minibatch_size=16, update_epochs=2, weight_decay=0.1)
     agent, before = make_agent(), make_agent()
