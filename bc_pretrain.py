@@ -89,7 +89,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (64, 64)
     """units in the hidden layers, as in the PPO run to come"""
     threads: int = 1
-    """CPU threads of PyTorch and of our simulators"""
+    """CPU threads of our simulators; PyTorch keeps to one, with which networks this small are fastest"""
     eval_episodes: int | None = None
     """episodes of the evaluation in closed loop; 0 for all, where a split has a fixed number; as tuned if not given"""
     eval_seed: int = 1
@@ -351,7 +351,7 @@ def train(args: Args) -> dict:
     tuned = TUNED.get(env_id, UNTUNED).items()
     args = replace(args, **{name: value for name, value in tuned if getattr(args, name) is None})
     envs.check_evaluation(args)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     vec = envs.make_vec(args.env_id, 1, **args.env_kwargs)
     agent = make_agent(vec, args)

@@ -109,7 +109,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     """where the networks live; auto takes a GPU if there is one, but for networks this small the CPU is faster"""
     threads: int = 1
-    """CPU threads of PyTorch and of our simulators; small networks are fastest with one"""
+    """CPU threads of our simulators; PyTorch keeps to one, with which networks this small are fastest"""
     compile: bool = False
     """compile the gradient step with torch.compile (needs a C++ compiler)"""
     deterministic: bool = False

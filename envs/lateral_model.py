@@ -38,6 +38,8 @@ class Dynamics:
             raise UserError(f"{path}: not a readable ONNX model; {advice}") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        if threads > 1:  # idle threads sleep: a core they would spin on may have other work
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions have no common public base

@@ -453,7 +453,7 @@ def plain_rollout(model: onnxruntime.InferenceSession, road: lateral.Road, segme
         steer.append(float(np.clip(road.steer[segment][t] if t < lateral.FIRST else action, -2, 2)))
         context = np.column_stack([steer[-20:], states[t - 19 : t + 1]]).astype(np.float32)
         logits = model.run(None, {"states": context[None], "tokens": lateral_model.tokens_of(np.array([lat[-20:]]))})[0]
-        p = lateral_model.distribution(logits[:, -1])[0]
+        p = lateral_model.distribution(logits[0])[-1]  # of all 20 positions, as there
         drawn = lateral_model.BINS[rng.choice(len(p), p=p)]
         lat.append(target[t] if t < lateral.FIRST else float(np.clip(drawn, lat[-1] - 0.5, lat[-1] + 0.5)))
 
