@@ -331,6 +331,8 @@ def check(args: Args) -> None:
     least = dict.fromkeys(("epochs", "patience", "minibatch_size", "threads", "hidden_sizes"), 1)
     least |= dict.fromkeys(("seed", "eval_seed", "weight_decay"), 0)
     wrong = [name for name, value in least.items() if not np.min(getattr(args, name), initial=value) >= value]
+    wrong += [name for name in ("seed", "eval_seed") if getattr(args, name) >= 2**32]
+    wrong += ["init_log_std"] * (not np.isfinite(args.init_log_std))
     wrong += ["learning_rate"] * (not 0 < args.learning_rate < np.inf)
     wrong += ["validation_share"] * (not 0 < args.validation_share < 1)
     if wrong:
@@ -354,6 +356,7 @@ def train(args: Args) -> dict:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     vec = envs.make_vec(args.env_id, 1, **args.env_kwargs)
+    envs.require_flat_box(vec)
     agent = make_agent(vec, args)
     fits = (vec.single_observation_space.shape[0], vec.single_action_space.shape[0])
     if (arrays["obs"].shape[1], arrays["action"].shape[1]) != fits:
@@ -393,7 +396,7 @@ def train(args: Args) -> dict:
             "args": {name: getattr(args, name) for name in networks}, "agent": agent.state_dict(), "step": best["step"],
         }  # fmt: skip
         record.save_policy("best.pt", policy)
-        run.export_onnx(agent, obs.shape[1], record.folder / "policy.onnx", kind="policy")
+        run.export_onnx(agent, obs.shape[1], record.folder / "policy.onnx", "policy", args.env_kwargs)
         return record.finish(epoch, best)
 
 

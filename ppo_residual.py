@@ -96,7 +96,7 @@ class Args:
     norm_adv: bool = True
     """normalise advantages within each minibatch"""
     clip_adv: float | None = None
-    """keep normalised advantages within +- this, where a few extreme ones would drown the others; usually 3 to 5"""
+    """keep advantages, once normalised, within +- this: a few extreme ones would drown the others; usually 3 to 5"""
     group_size: int = 1
     """environments in the same situation, whose mean advantage is subtracted; 1 for none"""
     init_log_std: float = -0.5
@@ -419,7 +419,8 @@ def learn(
     data = tuple(x.flatten(0, 1) for x in (batch.obs, batch.action, logprob, advantage, target, value))
     stats = update(agent, optimizer, gradient, args, critic_only, data)
 
-    if args.norm_obs and not first:  # only now, so that old and new log-probabilities saw the same observations
+    # Only now, so that old and new log-probabilities saw the same observations; not while the policy must stand still
+    if args.norm_obs and not first and not critic_only:
         agent.normalizer.update(batch.obs.flatten(0, 1))
     return {
         **{f"train/{name}": x for name, x in zip(STATS, stats.tolist(), strict=True)},
@@ -507,7 +508,7 @@ def train(args: Args) -> dict:
 
         record.save("final.pt", checkpoint())
         agent.load_state_dict(best["agent"])
-        run.export_onnx(agent, obs.shape[1], record.folder / "policy.onnx", kind="residual")
+        run.export_onnx(agent, obs.shape[1], record.folder / "policy.onnx", "residual", args.env_kwargs)
         return record.finish(step, best)
 
 

@@ -1,5 +1,6 @@
 """The environments, registered with Gymnasium: gym.make("envs:SO101Paper-v0"), envs.make_vec("SO101Paper-v0", 8)."""
 
+import importlib
 import inspect
 from typing import Any
 
@@ -25,8 +26,13 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any)
     Raises:
         UserError: unknown environment, unknown argument, or an argument of the wrong type or value.
     """
+    module, _, name = env_id.rpartition(":")
     try:
-        spec = gym.spec(env_id.removeprefix("envs:"))
+        if module:
+            importlib.import_module(module)  # which registers it
+        spec = gym.spec(name)
+    except ImportError as error:
+        raise UserError(f"{env_id}: {error}; MODULE:ID takes a module that Python finds") from None
     except gym.error.Error:
         ours = ", ".join(OURS)
         raise UserError(f"unknown environment {env_id!r}; ours are {ours}, others as Gymnasium lists them") from None
@@ -93,9 +99,11 @@ def require_flat_box(vec: Any) -> None:
     """Raises UserError unless observations are flat Boxes and actions bounded ones."""
     obs, action = vec.single_observation_space, vec.single_action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
-        raise UserError(f"observations must be a flat Box, not {obs}; flatten them with a Gymnasium wrapper")
+        what = " ".join(str(obs).split())  # numpy breaks long lines
+        raise UserError(f"observations must be a flat Box, not {what}; flatten them with a Gymnasium wrapper")
     if not isinstance(action, gym.spaces.Box) or len(action.shape) != 1 or not action.is_bounded():
-        raise UserError(f"actions must be a flat, bounded Box, not {action}")
+        what = " ".join(str(action).split())
+        raise UserError(f"actions must be a flat, bounded Box, not {what}; bound them with a Gymnasium wrapper")
 
 
 def check_kwargs(cls: type, kwargs: dict) -> None:

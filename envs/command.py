@@ -94,8 +94,13 @@ def parse(
     choice = [name for name, p in inspect.signature(tuned).parameters.items() if p.kind != p.VAR_KEYWORD]
     row = tuned(**{name: values.get(name, getattr(chosen, name)) for name in choice})
     values = {**asdict(row), **values}
-    defaults = replace(args_from(args_class, values, source), **{name: getattr(fresh, name) for name in forget})
-    args = tyro.cli(args_class, default=defaults, args=argv, description=sys.modules[args_class.__module__].__doc__)
+    forgotten = {name: getattr(row if name in MEASURE else fresh, name) for name in forget}
+    defaults = replace(args_from(args_class, values, source), **forgotten)
+    # Arguments of the environment add to those that are there already
+    kwargs = {name: getattr(defaults, name) for name in ("env_kwargs", "eval_env_kwargs")}
+    default = replace(defaults, **{name: {} for name in kwargs})
+    args = tyro.cli(args_class, default=default, args=argv, description=sys.modules[args_class.__module__].__doc__)
+    args = replace(args, **{name: {**before, **getattr(args, name)} for name, before in kwargs.items()})
 
     used = USED_BY_EVALUATE + (with_policy if playing and is_policy_path(args.evaluate) else ())
     if args.resume is not None and args.config is not None:
@@ -108,6 +113,8 @@ def parse(
             raise UserError(f"{flag} has no effect on --evaluate {args.evaluate}; leave it out")
         if not playing and name in EVALUATION_ONLY:
             raise UserError(f"{flag} works only with --evaluate")
+        if name == "init_log_std" and args.pretrained is not None and getattr(args, "final_log_std", None) is None:
+            raise UserError("--pretrained brings its own log-std; to set another, give --final-log-std as well")
     return args
 
 

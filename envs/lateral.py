@@ -18,6 +18,7 @@ and in the deployed controller (`ChallengeController`) by the same code.
 
 import functools
 import hashlib
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,7 @@ class Road:
         self.a = stack([segment.a[:MIN_ROWS] for segment in segments])
         self.steer = stack([segment.steer[:FIRST] for segment in segments])
         self.states = np.stack([self.roll, self.v, self.a], axis=-1).astype(np.float32)  # as the dynamics reads them
+        self.checksum = zlib.crc32(self.target.tobytes())
 
     def window(self, segment: np.ndarray, t: np.ndarray, before: int, after: int) -> tuple[np.ndarray, ...]:
         """target, roll, v, a (n, before + 1 + after) of rows t - before .. t + after; segment, t: (n,)."""
@@ -94,8 +96,8 @@ def sharpened(segments: list[Segment]) -> list[Segment]:
     sharp = []
     for k, s in enumerate(segments[::3]):
         peak = 1.5 + 3 * (k * 0.618034 % 1)  # spread evenly, whatever their number
-        jerk = np.square(np.diff(s.target[FIRST:LAST]) / DT).mean() * 100
-        factor = min(peak / np.abs(s.target[FIRST:LAST]).max(), 5, np.sqrt(150 / jerk))
+        now, jerk = np.abs(s.target[FIRST:LAST]).max(), np.square(np.diff(s.target[FIRST:LAST]) / DT).mean() * 100
+        factor = min(peak / max(now, 0.1), 5, np.sqrt(150 / max(jerk, 1)))
         if s.v[:MIN_ROWS].min() < 8 or factor < 1.2:
             continue
         rows, target = slice(0, FIRST + 3), factor * s.target
@@ -109,7 +111,11 @@ def sharpened(segments: list[Segment]) -> list[Segment]:
 def load_road(split: str, data_path: str | None, test_path: str | None, training: bool) -> Road:
     """The segments of a split, while training with sharpened ones; kept, since each evaluation of a run asks anew."""
     if split == "test" and test_path is not None:
-        return Road(load_folder(test_path))
+        segments = load_folder(test_path)
+        seen = {file.name for file in Path(data_path).glob("*.csv")} if data_path is not None else set()
+        if shared := sorted(seen & {segment.name for segment in segments}):
+            raise UserError(f"test_path and data_path both hold {shared[0]}; give a test its own segments")
+        return Road(segments)
     if split == "test" and data_path is not None:
         raise UserError("the test split of a data_path needs a test_path too: a folder of other segments")
     logged = data_path is not None
@@ -143,6 +149,9 @@ class Simulator:
         where = self.segment[:, None], self.t[:, None] + np.arange(1 - CONTEXT, 1)
         states = np.concatenate([self.steer[:, :, None].astype(np.float32), self.road.states[where]], axis=2)
         self.probability = distribution(self.dynamics.logits(states, tokens_of(self.lat)))
+        if wrong := np.flatnonzero(~np.isfinite(self.probability).all(1)).tolist():
+            name = self.road.names[self.segment[wrong[0]]]
+            raise FloatingPointError(f"the car's model gives no number at step {self.t[wrong[0]]} of {name}")
         bins, last = draw(self.probability, uniform), self.lat[:, -1]
         lat = np.clip(BINS[bins], last - MAX_JUMP, last + MAX_JUMP)
         push(self.lat, lat)
@@ -307,19 +316,18 @@ class ChallengeController:
 
     Args:
         policy: pid, velocity-pid, feedforward, or an exported policy.onnx.
-        action_mode: that of the environment in which an exported policy learned.
     """
 
     num_envs = 1
 
-    def __init__(self, policy: str, action_mode: str = "delta"):
+    def __init__(self, policy: str):
         from envs.rollout import OnnxPolicy
 
         if policy in CONTROLLERS:
             self.policy: Callable = CONTROLLERS[policy]()
         else:
             self.policy = OnnxPolicy(policy, OBSERVATIONS, 1)
-        self.absolute = getattr(self.policy, "env_kwargs", {}).get("action_mode", action_mode) == "absolute"
+        self.absolute = self.policy.env_kwargs.get("action_mode") == "absolute"
         self.rows: list[tuple] = []  # target, roll, v, a of the steps it was asked in
         self.lat: list[float] = []
         self.steer, self.integral = np.zeros(MEMORY), np.zeros(1)
@@ -543,7 +551,13 @@ class LateralControl(BatchEnv):
             **{"segment": self.sim.segment, "t": self.sim.t, "sim_lat": self.sim.lat, "sim_steer": self.sim.steer},
             **{"upcoming": self.upcoming, "limit": self.limit, "uniform": self.uniform},
             **{"lat": self.lat, "steer": self.steer, "known_steer": self.known_steer, "integral": self.integral},
+            "road": np.array([self.road.checksum]),
         }
+
+    def load_state_dict(self, state: dict) -> np.ndarray:
+        if int(state["arrays"]["road"][0]) != self.road.checksum:
+            raise UserError("the run drove on other segments; give data_path the files that it had")
+        return super().load_state_dict(state)
 
 
 class LateralControlEnv(SingleEnv):

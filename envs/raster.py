@@ -1,5 +1,6 @@
 """Plain pictures for environments without a 3-D scene: charts as arrays, and a window that shows them."""
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,7 +58,7 @@ class Window:
         try:
             import tkinter
 
-            self.root = tkinter.Tk()
+            self.root, self.TclError = tkinter.Tk(), tkinter.TclError
         except Exception as error:  # no tkinter, or its TclError where there is no display
             raise UserError(f"no window can be opened here ({error}); --capture-video records one instead") from error
         self.root.title(title)
@@ -68,9 +69,14 @@ class Window:
         """frame: uint8 (height, width, 3)."""
         from PIL import ImageTk
 
-        self.image = ImageTk.PhotoImage(Image.fromarray(frame), master=self.root)  # Tk keeps no reference of its own
-        self.label.configure(image=self.image)
-        self.root.update()
+        try:
+            # Tk keeps no reference of its own
+            self.image = ImageTk.PhotoImage(Image.fromarray(frame), master=self.root)
+            self.label.configure(image=self.image)
+            self.root.update()
+        except (self.TclError, RuntimeError) as error:
+            raise UserError("the window was closed; without --render human none is needed") from error
 
     def close(self) -> None:
-        self.root.destroy()
+        with contextlib.suppress(self.TclError):  # it may be closed already
+            self.root.destroy()

@@ -1,5 +1,6 @@
 """Play a policy and measure it: evaluation, comparison, video. And policies to play: scripted, ONNX, blends."""
 
+import json
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import envs
-from envs.run import UserError, is_policy_path, policy_file, sha256, video_path, write_json
+from envs.run import MEANING, UserError, is_policy_path, policy_file, sha256, video_path, write_json
 
 # Batched observations (N, ...) -> actions (N, A). A policy with state also has reset(rows, vec), called as episodes
 # begin in these rows of the vector environment. One that needs other arguments of the environment than a learned
@@ -105,20 +106,24 @@ def evaluate(policy: Policy, args: Any, split: str = "test", video: Path | None 
     Returns:
         What --json writes, without the policy's name; what the task does not define is None.
     """
-    env_kwargs = {**args.env_kwargs, **args.eval_env_kwargs, **getattr(policy, "env_kwargs", {})}
+    asked, needed = {**args.env_kwargs, **args.eval_env_kwargs}, getattr(policy, "env_kwargs", {})
+    for name, value in needed.items():
+        if asked.get(name, value) != value:
+            raise UserError(f"this policy plays with {name} {value}, not {asked[name]}; leave {name} out")
+    env_kwargs = {**asked, **needed}
     window = getattr(args, "render", None)
     render_mode = window or ("rgb_array" if video else None)
     rows = 1 if window else min(ROWS, args.eval_episodes or ROWS)  # a window shows row 0: let all be played there
-    vec = envs.make_vec(
-        args.env_id, rows, training=False, split=split, threads=args.threads, render_mode=render_mode, **env_kwargs
-    )
+    if render_mode is not None:
+        env_kwargs = {**env_kwargs, "render_mode": render_mode}
+    vec = envs.make_vec(args.env_id, rows, training=False, split=split, threads=args.threads, **env_kwargs)
     try:
         film = Film(vec, video) if video else None
         episodes = envs.evaluation_episodes(args, vec)
         results = rollout(policy, vec, episodes, args.eval_seed, film)
     finally:
         vec.close()
-    about = {"env_id": args.env_id, "env_kwargs": env_kwargs, "episodes": len(results), "seed": args.eval_seed}
+    about = {"env_id": args.env_id, "env_kwargs": {**asked, **needed}, "episodes": len(results), "seed": args.eval_seed}
     return {**about, **summarize(results)}
 
 
@@ -198,8 +203,8 @@ def measure(policy: Policy, base_policy: Policy | None, args: Any) -> dict:
     compare_base = getattr(args, "compare_base", False)
     if compare_base and base_policy is None:
         raise UserError(f"--compare-base needs a policy file or a run, and {args.evaluate} has no base; leave it out")
-    if args.json is not None and not Path(args.json).parent.is_dir():
-        raise UserError(f"--json {args.json}: no such directory; make it, or choose another")
+    if args.json is not None and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
+        raise UserError(f"--json {args.json}: no file can be written there; give a file's name in an existing folder")
     learned = is_policy_path(args.evaluate)
     file = {"sha256": sha256(policy_file(args.evaluate))} if learned else {}
     result = {"policy": args.evaluate, **file, **evaluate(policy, args, "test", video_path(args))}
@@ -260,7 +265,9 @@ class OnnxPolicy:
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions have no common public base
             raise UserError(f"{path}: not a readable ONNX model; export it again") from error
-        if self.session.get_modelmeta().custom_metadata_map.get("kind") == "residual":
+        about = self.session.get_modelmeta().custom_metadata_map
+        self.env_kwargs = {name: json.loads(about[name]) for name in MEANING & {*about}}
+        if about.get("kind") == "residual":
             raise UserError(f"{path}: holds a residual, which is only half an action; give a whole policy")
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         shapes = [list(inputs[0].shape), list(outputs[0].shape)] if len(inputs) == 1 else []

@@ -30,6 +30,8 @@ import torch
 from torch import nn
 
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy", "onnxruntime")
+# Arguments of environments that say what an action means: a deployed policy needs them
+MEANING = {"action_mode"}
 POLICY_KEYS = ("kind", "env_id", "env_kwargs", "args", "agent", "step")
 
 
@@ -336,7 +338,7 @@ def load_agent(agent: nn.Module, policy: dict, args: Any, source: str) -> None:
     """Copy actor, critic and normaliser from a policy file.
 
     Raises:
-        UserError: it belongs to another environment, or its networks have other sizes.
+        UserError: it belongs to another environment, its networks have other sizes, or its actions another range.
     """
     if policy["env_id"] != args.env_id:
         raise UserError(
@@ -349,12 +351,15 @@ def load_agent(agent: nn.Module, policy: dict, args: Any, source: str) -> None:
             raise UserError(
                 f"{source}: {name} is {there} there and {here} here; use the --hidden-sizes it was trained with"
             )
+    for name in {"center", "scale"} & {*own}:
+        if not torch.equal(own[name].cpu(), theirs[name].cpu()):
+            raise UserError(f"{source}: its actions have another range; give the --env-kwargs it was trained with")
     agent.load_state_dict(theirs)
 
 
-def export_onnx(agent: nn.Module, obs_dim: int, path: Path, kind: str) -> None:
-    """The deployed policy, normaliser included: input obs (batch, obs_dim), output action; the kind (policy, residual)
-    stands in the file's metadata."""
+def export_onnx(agent: nn.Module, obs_dim: int, path: Path, kind: str, env_kwargs: dict) -> None:
+    """The deployed policy, normaliser included: input obs (batch, obs_dim), output action. The kind (policy, residual)
+    and what in env_kwargs says how its actions are meant stand in the file's metadata."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of a missing torchvision, which we do not need
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -370,8 +375,10 @@ def export_onnx(agent: nn.Module, obs_dim: int, path: Path, kind: str) -> None:
     model = program.model_proto
     for part in (*model.graph.node, *model.graph.value_info, *model.graph.initializer, model.graph, model):
         part.ClearField("metadata_props")  # where the exporter notes source lines, with their absolute paths
-    entry = model.metadata_props.add()
-    entry.key, entry.value = "kind", kind
+    meaning = {name: json.dumps(env_kwargs[name]) for name in MEANING & {*env_kwargs}}
+    for key, value in {"kind": kind, **meaning}.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
     write_whole(path, model.SerializeToString())
 
 

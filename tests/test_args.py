@@ -286,6 +286,16 @@ def test_help_of_bc_pretrain_lists_every_setting(parse, capsys, command_, args_c
         assert f"--{field.name.replace('_', '-')}" in text, field.name
 
 
+def test_arguments_of_the_environment_add_to_those_that_are_there(parse, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"env_kwargs": {"action_mode": "absolute", "data_path": "a"}}))
+    line = ("--config", str(config), "--env-kwargs", "data_path", "b", "model_path", "c")
+    args = parse(*line, script=ppo_continuous)
+    assert args.env_kwargs == {"action_mode": "absolute", "data_path": "b", "model_path": "c"}
+    args = parse(*line[:2], script=ppo_continuous)
+    assert args.env_kwargs == {"action_mode": "absolute", "data_path": "a"}
+
+
 def test_nothing_is_silently_ignored(parse):
     with pytest.raises(run.UserError, match="--compare-base"):
         parse("--compare-base")

@@ -13,7 +13,7 @@ import envs
 from envs import run
 from envs.batch_env import SPLITS, BatchEnv, GymVec, SingleEnv
 from envs.command import fits
-from envs.rollout import rollout
+from envs.rollout import rollout, score
 from envs.run import UserError
 
 LIMIT = 6
@@ -435,7 +435,7 @@ def test_make_vec_resets_when_given_a_seed():
     [
         ("SO101Papre-v0", 1, {}, r"unknown environment 'SO101Papre-v0'; ours are .*SO101Paper-v0"),
         ("SO101Paper-v9", 1, {}, r"unknown environment 'SO101Paper-v9'"),
-        ("nowhere:Pendulum-v1", 1, {}, r"unknown environment 'nowhere:Pendulum-v1'"),
+        ("nowhere:Pendulum-v1", 1, {}, r"nowhere:Pendulum-v1: No module named 'nowhere'"),
         ("SO101Paper-v0", 0, {}, r"num_envs must be at least 1, not 0"),
         ("Pendulum-v1", -1, {}, r"num_envs must be at least 1, not -1"),
         ("SO101Paper-v0", 1, {"margin": 0.1}, r"SO101Paper-v0: no argument 'margin'; it has .*frame_margin"),
@@ -512,6 +512,16 @@ def test_rollout_on_so101_does_not_depend_on_the_rows():
     assert len({result["position_error"] for result in expected}) == 10
     assert rollout(policy, vec(3), 10, seed=3) == expected
     assert rollout(policy, vec(8), 10, seed=3) == expected
+
+
+def test_the_best_policy_is_chosen_by_success_then_by_the_tasks_score_or_else_return():
+    def result(success, mean_return, **metrics):
+        return {"success_rate": success, "mean_return": mean_return, "metrics": metrics}
+
+    assert score(result(None, -5.0)) > score(result(None, -6.0))
+    assert score(result(0.9, -5.0)) > score(result(0.8, 5.0))
+    # a few extreme roads make the return worse and the score better
+    assert score(result(None, -60.0, score=-46.0)) > score(result(None, -50.0, score=-47.0))
 
 
 def test_rollout_on_gymnasium_has_no_success():

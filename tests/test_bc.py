@@ -91,7 +91,7 @@ def settings_of(root, **changes):
 @pytest.fixture
 def fake_onnx(monkeypatch):
     """The export takes longer than a tiny run; where it is not the subject it writes a placeholder."""
-    monkeypatch.setattr(run, "export_onnx", lambda agent, obs_dim, path, kind: path.write_bytes(b"onnx"))
+    monkeypatch.setattr(run, "export_onnx", lambda agent, obs_dim, path, *about: path.write_bytes(b"onnx"))
 
 
 # Recording
@@ -343,6 +343,9 @@ def test_damaged_demonstrations(root, tmp_path, how):
         ({"seed": -1}, "--seed"),
         ({"eval_episodes": -1}, "--eval.episodes"),
         ({"eval_episodes": 0}, "--eval-episodes 0 means all there are"),
+        ({"seed": 2**32}, "--seed"),
+        ({"init_log_std": float("nan")}, "--init.log.std"),
+        ({"env_id": "CartPole-v1", "env_kwargs": {}}, "flat, bounded Box|no argument"),
         ({"env_id": "SO101Paper-v0"}, "SO101Paper-v0 now has other observations or actions"),
         ({"env_kwargs": {"colour": "red"}}, "no argument 'colour'"),
         ({"env_kwargs": {"split": "test"}}, "split is not for --env-kwargs"),

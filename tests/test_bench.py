@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
+import envs
 import ppo_continuous
-from envs import rollout, run
+from envs import lateral, rollout, run
 from envs.batch_env import GymVec
 
 sb3 = pytest.importorskip("stable_baselines3")
@@ -82,7 +84,7 @@ def test_stable_baselines_gets_the_same_settings(monkeypatch, changes):
 @pytest.mark.parametrize("contender", [bench.OURS, bench.SB3])
 def test_both_sides_are_measured_alike(contender, monkeypatch):
     """Pendulum: episodes of 200 steps, each step costs up to 16.3, so a normalised return would show."""
-    monkeypatch.setattr(run, "export_onnx", lambda agent, obs_dim, path, kind: path.write_bytes(b"onnx"))
+    monkeypatch.setattr(run, "export_onnx", lambda agent, obs_dim, path, *about: path.write_bytes(b"onnx"))
     monkeypatch.setattr(bench, "SETTINGS", {**bench.SETTINGS, "update_epochs": 1})
     result = bench.train(contender, "Pendulum-v1", seed=3, total=2 * bench.BATCH)
     cpu, wall = np.array(result["marks"]).T
@@ -156,6 +158,36 @@ def test_results_of_another_length_are_refused(finished):
     finished.total_timesteps = 400_000
     with pytest.raises(run.UserError, match=r"has 300,000 steps; give another --out"):
         bench.bench_ppo(finished)
+
+
+def test_the_plain_loop_of_the_lateral_benchmark_drives_as_the_environment_does():
+    vec = envs.make_vec("LateralControl-v0", 2, training=False, action_mode="absolute")
+    policy = rollout.scripted("pid", vec)
+    obs, _ = vec.reset(seed=0)
+    policy.reset(np.arange(2), vec)
+    for _ in range(399):
+        obs, *_ = vec.step(policy(obs))
+    model = onnxruntime.InferenceSession(
+        str(lateral.EMBEDDED), bench.single_threaded(), providers=["CPUExecutionProvider"]
+    )
+    for segment in range(2):
+        lat = bench.plain_rollout(model, vec.road, segment)
+        np.testing.assert_allclose(lat[100:499], vec.lat[segment, :399], atol=1e-9)
+    assert len(lat) == 600
+
+
+@pytest.mark.parametrize(
+    "changes", [{"repeats": 0}, {"seconds": 0.0}, {"num_envs": (8, 0)}, {"env_kwargs": {"training": False}}]
+)
+def test_environments_that_cannot_be_measured(changes):
+    with pytest.raises(run.UserError, match=r"must be at least|training is not for --env-kwargs"):
+        bench.bench_envs(bench.Envs(**changes))
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Nope-v0"])
+def test_environments_that_cannot_be_learned_here(env_id):
+    with pytest.raises(run.UserError, match=r"flat, bounded Box|unknown environment"):
+        bench.bench_ppo(bench.Ppo(env_id=(env_id,)))
 
 
 @pytest.mark.parametrize(

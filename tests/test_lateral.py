@@ -5,6 +5,7 @@ import hashlib
 import json
 import warnings
 from collections import namedtuple
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -515,7 +516,7 @@ class Spy:
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """A network that steers about, as --export writes it."""
+    """A network that steers about, as a run exports it."""
     torch.manual_seed(0)
     vec = LateralControl()
     agent = ppo.make_agent(vec, ppo.Args(norm_obs=True))
@@ -524,7 +525,7 @@ def learned(tmp_path_factory):
     with torch.no_grad():
         agent.actor[-1].weight.mul_(20)
     path = tmp_path_factory.mktemp("learned") / "policy.onnx"
-    run.export_onnx(agent, lateral.OBSERVATIONS, path, kind="policy")
+    run.export_onnx(agent, lateral.OBSERVATIONS, path, "policy", {})
     return str(path)
 
 
@@ -587,6 +588,40 @@ def test_velocity_pid_is_the_change_of_a_pid_that_never_winds_up():
 def test_a_controller_that_cannot_be_deployed():
     with pytest.raises(UserError, match=r"missing\.onnx: no such file"):
         ChallengeController("missing.onnx")
+
+
+def test_a_deployed_controller_steers_as_its_policy_learned_to(learned, tmp_path):
+    """The file says whether its actions are changes of the steering or the steering itself."""
+    agent = ppo.make_agent(LateralControl(action_mode="absolute"), ppo.Args())
+    run.export_onnx(agent, lateral.OBSERVATIONS, tmp_path / "absolute.onnx", "policy", {"action_mode": "absolute"})
+    assert ChallengeController(str(tmp_path / "absolute.onnx")).absolute
+    assert not ChallengeController(learned).absolute
+    assert ChallengeController("pid").absolute
+    assert not ChallengeController("feedforward").absolute
+    assert rollout.scripted(str(tmp_path / "absolute.onnx"), LateralControl()).env_kwargs == {"action_mode": "absolute"}
+
+
+def test_a_model_that_gives_no_number_stops_the_episode(monkeypatch):
+    vec = LateralControl(3, training=False)
+    vec.reset(seed=0)
+    vec.step(np.zeros((3, 1), np.float32))
+    logits = vec.sim.dynamics.logits
+
+    def broken(states, tokens):
+        return np.where(np.arange(3)[:, None] == 1, np.nan, logits(states, tokens))
+
+    monkeypatch.setattr(vec.sim.dynamics, "logits", broken)
+    with pytest.raises(FloatingPointError, match=r"no number at step 101 of test_00001|validation_00001|train_00001"):
+        vec.step(np.zeros((3, 1), np.float32))
+
+
+def test_a_model_for_one_car_only_is_explained(tmp_path):
+    model = onnx.load(str(EMBEDDED))
+    for tensor in (*model.graph.input, *model.graph.output):
+        tensor.type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, str(tmp_path / "one.onnx"))
+    with pytest.raises(UserError, match=r"one\.onnx: cannot run two cars at once; model_path is"):
+        Dynamics(tmp_path / "one.onnx")
 
 
 # The environment
@@ -830,14 +865,34 @@ def test_more_episodes_than_segments_are_refused(folder):
 
 
 def test_the_splits_share_no_segment(folder):
-    for data in ({}, {"data_path": folder, "test_path": folder}):
-        settings = {"training": False, **data}
-        names = [LateralControl(split=split, **settings).road.names for split in ("train", "validation", "test")]
+    for data, splits in (({}, ("train", "validation", "test")), ({"data_path": folder}, ("train", "validation"))):
+        names = [LateralControl(split=split, training=False, **data).road.names for split in splits]
         if data:
-            assert len(names[0]) == 4
-            assert len(names[1]) == 1
-            names = names[:2]
+            assert [len(part) for part in names] == [4, 1]
         assert len({name for part in names for name in part}) == sum(len(part) for part in names)
+
+
+def test_a_test_shares_no_file_with_the_rest(folder):
+    with pytest.raises(UserError, match=r"test_path and data_path both hold .*\.csv; give a test its own segments"):
+        LateralControl(training=False, split="test", data_path=folder, test_path=folder)
+
+
+def test_a_snapshot_is_of_its_own_roads(folder):
+    state = LateralControl(data_path=folder).state_dict()
+    LateralControl(data_path=folder).load_state_dict(state)
+    with pytest.raises(UserError, match="the run drove on other segments; give data_path the files that it had"):
+        LateralControl().load_state_dict(state)
+
+
+def test_roads_that_cannot_be_sharpened_are_left_out(roads):
+    straight, slow, sharp = (
+        replace(s, target=s.target * 0, v=s.v * 0 + 20) if k == 0 else replace(s, v=s.v * 0 + 5) if k == 1 else s
+        for k, s in enumerate(synthetic("train", 3))
+    )
+    sharp = replace(sharp, target=4.5 * sharp.target / np.abs(sharp.target[100:500]).max(), v=sharp.v * 0 + 20)
+    for segment in (straight, slow, sharp):
+        assert all(np.isfinite(s.steer).all() and np.isfinite(s.target).all() for s in lateral.sharpened([segment]))
+    assert lateral.sharpened([slow]) == lateral.sharpened([sharp]) == []
 
 
 def test_training_roads_include_sharper_ones():

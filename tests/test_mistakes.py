@@ -84,6 +84,11 @@ def originals(tmp_path_factory):
     agent = ppo_residual.residual_agent(envs.make_vec("Pendulum-v1", 1), TINY).state_dict()
     other = {"env_id": "Pendulum-v1", "agent": agent, "args": {**final["args"], **pendulum}}
     torch.save({**final, **other}, folder / "pendulum.pt")
+    vec = envs.make_vec("Pendulum-v1", 1)
+    agent = ppo_continuous.make_agent(vec, ppo_continuous.Args())
+    agent.scale.mul_(2)
+    theirs = {"kind": "policy", "env_id": "Pendulum-v1", "env_kwargs": {}, "agent": agent.state_dict(), "step": 0}
+    torch.save({**theirs, "args": {}}, folder / "range.pt")
 
     write_onnx(folder / "shapes.onnx", np.zeros((4, 6)))
     write_onnx(folder / "nan.onnx", np.full((25, 6), np.nan))
@@ -227,7 +232,7 @@ TRAINING = {
     "--base-policy blend:ik:missing.onnx:0.5": r"missing\.onnx: no such file; a base policy is",
     "--env-id SO101Papper-v0": r"unknown environment 'SO101Papper-v0'; ours are .*SO101Paper-v0",
     "--env-id SO101Paper-v7": r"unknown environment 'SO101Paper-v7'; ours are .*SO101Paper-v0",
-    "--env-id no_such_module:Env-v0": r"unknown environment 'no_such_module:Env-v0'; ours are .*SO101Paper-v0",
+    "--env-id no_such_module:Env-v0": r"No module named 'no_such_module'; MODULE:ID takes a module that Python finds",
     "--env-id HalfCheetah-v3 --base-policy zero": r"HalfCheetah-v3: .*moved to",
     "--env-id CartPole-v1": r"actions must be a flat, bounded Box, not Discrete\(2\)",
     "--env-id Blackjack-v1": r"observations must be a flat Box, not Tuple.*; flatten",
@@ -330,7 +335,7 @@ EVALUATING = {
     "--evaluate run --config good.json": r"--config has no effect on --evaluate run; leave it out",
     "--evaluate ik --eval-episodes 0": r"--eval-episodes 0 means all there are, but SO101Paper-v0 has no end of them",
     "--evaluate ik --env-kwargs split train": r"split is not for --env-kwargs: the script sets it",
-    "--evaluate ik --json missing/result.json": r"--json missing.result\.json: no such directory; make it",
+    "--evaluate ik --json missing/result.json": r"--json missing.result\.json: no file can be written there",
     "--evaluate run --env-id Pendulum-v1 --base-policy zero": r"a policy for SO101Paper-v0, not Pendulum-v1; .+",
 }
 
@@ -356,6 +361,8 @@ CONTINUOUS = {
     "--group-size 3": r"--group-size must be a divisor of --num-envs 2, not 3",
     "--group-size 0": r"--group-size must be at least 1, not 0",
     "--env-id HalfCheetah-v5 --group-size 2": r"--group-size.*HalfCheetah-v5",
+    "--env-id Pendulum-v1 --pretrained range.pt": r"range\.pt: its actions have another range; give the --env-kwargs",
+    "--env-id Pendulum-v1 --pretrained range.pt --init-log-std -3": r"brings its own log-std; .* --final-log-std",
     "--pretrained run": r"best\.pt: holds a residual, where a policy is needed; use the script that trained it",
     "--pretrained sizes.pt": r"sizes\.pt: holds a residual, where a policy is needed; use the script that trained it",
     "--pretrained kind.pt": r"kind\.pt: a policy for SO101Paper-v0, not LateralControl-v0; give its --env-id",
@@ -387,6 +394,8 @@ PLAYING = {
     "--evaluate shapes.onnx": r"shapes\.onnx: maps .*4.* needs \(N, 46\) -> \(N, 1\)",
     "--evaluate pid --eval-episodes 201": r"201.* the test split has only 200; --eval-episodes 0 plays all",
     "--evaluate pid --env-kwargs test_path empty": r"empty: no CSV file in this folder",
+    "--evaluate pid --env-kwargs action_mode delta": r"plays with action_mode absolute, not delta; leave",
+    "--evaluate pid --json notes": r"--json notes: no file can be written there; give a file's name",
     "--evaluate pid --env-kwargs data_path empty": r"test_path too|empty: no CSV file",
     "--evaluate pid --learning-rate 0.1": r"--learning-rate has no effect on --evaluate pid; leave it out",
     "--evaluate blend:pid:feedforward:0.5": r"pid",

@@ -511,7 +511,7 @@ def test_learn_gives_the_statistics_of_the_batch():
 @pytest.fixture
 def fake_onnx(monkeypatch):
     """The export takes longer than a tiny run; where it is not the subject it writes a placeholder."""
-    monkeypatch.setattr(run, "export_onnx", lambda agent, obs_dim, path, kind: path.write_bytes(b"onnx"))
+    monkeypatch.setattr(run, "export_onnx", lambda agent, obs_dim, path, *about: path.write_bytes(b"onnx"))
 
 
 @pytest.fixture
@@ -550,6 +550,33 @@ def test_without_a_schedule_the_deviation_is_learned(seen, tmp_path, fake_onnx):
     ppo_continuous.train(ppo_continuous.Args(**{**PENDULUM, "run_root": str(tmp_path)}))
     assert seen[0][0]["log_std"].tolist() == [0.0]
     assert all(not torch.equal(before["log_std"], after["log_std"]) for before, after, _ in seen)
+
+
+def test_while_the_critic_warms_up_the_policy_stands_still(seen, tmp_path, fake_onnx):
+    """A policy that has normalised its observations before, too: with other statistics it would be another."""
+    settings = {**PENDULUM, "run_root": str(tmp_path), "run_name": "first"}
+    ppo_continuous.train(ppo_continuous.Args(**settings))
+    settings |= {"run_name": "run", "pretrained": str(tmp_path / "first"), "critic_warmup": 2}
+    seen.clear()
+    ppo_continuous.train(ppo_continuous.Args(**settings))
+    counts = [int(after["normalizer.count"]) for _, after, _ in seen]
+    assert counts[0] == counts[1] == counts[2] - 32 == counts[3] - 64
+    assert torch.equal(seen[0][0]["normalizer.mean"], seen[1][1]["normalizer.mean"])
+
+
+def test_the_first_batch_gives_the_statistics_for_its_own_update(seen, tmp_path, fake_onnx, monkeypatch):
+    """Afterwards a batch is learned with those of the batches before, so that its log-probabilities stay what they
+    were."""
+    update, counts = ppo_continuous.update, []
+
+    def spy(agent, *args, **kwargs):
+        counts.append(int(agent.normalizer.count))
+        return update(agent, *args, **kwargs)
+
+    monkeypatch.setattr(ppo_continuous, "update", spy)
+    ppo_continuous.train(ppo_continuous.Args(**{**PENDULUM, "run_root": str(tmp_path)}))
+    assert counts == [32, 32, 64, 96]
+    assert [int(after["normalizer.count"]) for _, after, _ in seen] == [32, 64, 96, 128]
 
 
 def test_critic_warmup_lasts_as_many_updates_as_it_says(seen, tmp_path, fake_onnx):
@@ -725,7 +752,7 @@ def test_evaluation_does_not_depend_on_the_number_of_rows():
 def exported(tmp_path_factory):
     agent = make_agent(25, 6)
     path = tmp_path_factory.mktemp("onnx") / "policy.onnx"
-    run.export_onnx(agent, 25, path, kind="residual")
+    run.export_onnx(agent, 25, path, "residual", {})
     return agent, path
 
 

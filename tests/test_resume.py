@@ -49,7 +49,7 @@ def fake_onnx(request, monkeypatch):
         monkeypatch.setattr(run, "export_onnx", placeholder)
 
 
-def placeholder(agent, obs_dim, path, kind):
+def placeholder(agent, obs_dim, path, *about):
     path.write_bytes(b"onnx")
 
 

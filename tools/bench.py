@@ -344,6 +344,8 @@ def bench_ppo(args: Ppo) -> None:
     for name, least in (("repeats", 1), ("steps", BATCH), ("seeds", 2), ("total_timesteps", BATCH), ("processes", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    for env_id in args.env_id:  # before any process starts
+        envs.require_flat_box(envs.make_vec(env_id, 1))
     bench_learn(args) if args.learn else bench_speed(args)
 
 
@@ -384,6 +386,11 @@ def steps_per_second(args: Envs, num_envs: int) -> tuple[float, float]:
 
 
 def bench_envs(args: Envs) -> None:
+    """Raises UserError for settings that cannot be measured."""
+    command.check_env_kwargs(args.env_kwargs)
+    if min(args.repeats, args.threads, *args.num_envs) < 1 or not args.seconds > 0:
+        raise UserError("--repeats, --threads and --num-envs must be at least 1, and --seconds above 0")
+    envs.require_flat_box(envs.make_vec(args.env_id, 1, **args.env_kwargs))
     torch.set_num_threads(1)
     print(
         f"{args.env_id}, {args.threads} thread(s), policy {args.policy}; {run.cpu_name()}; commit {run.git_commit()}\n"
@@ -438,10 +445,12 @@ def single_threaded() -> onnxruntime.SessionOptions:
     return options
 
 
-def plain_rollout(model: onnxruntime.InferenceSession, road: lateral.Road, segment: int, rows: int = 580) -> None:
+def plain_rollout(
+    model: onnxruntime.InferenceSession, road: lateral.Road, segment: int, rows: int = 580
+) -> list[float]:
     """One car as the official simulator runs it, from row 20 to its end (ours are cut shorter: the last one repeats),
-    with its PID controller."""
-    rng = np.random.RandomState(0)
+    with its PID controller. Returns the lateral accelerations."""
+    rng = np.random.RandomState(lateral.noise_seed(road.names[segment]))
     row = np.minimum(np.arange(20 + rows), len(road.target[segment]) - 1)
     target, states = road.target[segment][row], np.stack([road.roll, road.v, road.a], axis=-1)[segment][row]
     lat, steer = list(target[:20]), list(road.steer[segment][:20])
@@ -456,6 +465,7 @@ def plain_rollout(model: onnxruntime.InferenceSession, road: lateral.Road, segme
         p = lateral_model.distribution(logits[0])[-1]  # of all 20 positions, as there
         drawn = lateral_model.BINS[rng.choice(len(p), p=p)]
         lat.append(target[t] if t < lateral.FIRST else float(np.clip(drawn, lat[-1] - 0.5, lat[-1] + 0.5)))
+    return lat
 
 
 def bench_memory(args: Memory) -> None:
