@@ -596,12 +596,13 @@ def evaluation_scalars(evaluation: dict | None) -> dict[str, float | None]:
 
 
 def parents(args: Any) -> dict[str, dict]:
-    """The files a run starts from, {path: sha256 and what their own run said}: --pretrained, ONNX base policies and the
-    demonstrations of a clone."""
+    """The files a run starts from, {path: sha256 and what their own run said}: --pretrained, ONNX base policies, the
+    demonstrations of a clone, and files among the environment's arguments."""
     pretrained = getattr(args, "pretrained", None)
     files = [policy_file(pretrained)] if pretrained is not None else []
     files += [dataset_file(args)] if hasattr(args, "dataset") else []
     files += [Path(part) for part in getattr(args, "base_policy", "").split(":") if part.endswith(".onnx")]
+    files += [Path(value) for value in args.env_kwargs.values() if isinstance(value, str) and Path(value).is_file()]
     configs = [file.parent / "config.json" for file in files]
     return {
         str(file): {"sha256": sha256(file), "config": read_json(config) if config.exists() else None}

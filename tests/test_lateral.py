@@ -884,6 +884,12 @@ def test_a_snapshot_is_of_its_own_roads(folder):
         LateralControl().load_state_dict(state)
 
 
+def test_a_run_notes_the_model_that_it_drove(folder):
+    kwargs = {"model_path": str(EMBEDDED), "data_path": str(folder), "action_mode": "delta"}
+    sha256 = hashlib.sha256(EMBEDDED.read_bytes()).hexdigest()
+    assert run.parents(ppo.Args(env_kwargs=kwargs)) == {str(EMBEDDED): {"sha256": sha256, "config": None}}
+
+
 def test_roads_that_cannot_be_sharpened_are_left_out(roads):
     straight, slow, sharp = (
         replace(s, target=s.target * 0, v=s.v * 0 + 20) if k == 0 else replace(s, v=s.v * 0 + 5) if k == 1 else s
