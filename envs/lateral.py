@@ -96,8 +96,9 @@ def sharpened(segments: list[Segment]) -> list[Segment]:
     sharp = []
     for k, s in enumerate(segments[::3]):
         peak = 1.5 + 3 * (k * 0.618034 % 1)  # spread evenly, whatever their number
-        now, jerk = np.abs(s.target[FIRST:LAST]).max(), np.square(np.diff(s.target[FIRST:LAST]) / DT).mean() * 100
-        factor = min(peak / max(now, 0.1), 5, np.sqrt(150 / max(jerk, 1)))
+        logged, jerk = np.abs(s.target[FIRST:LAST]).max(), np.square(np.diff(s.target[FIRST:LAST]) / DT).mean() * 100
+        # at most five times as sharp, and with no more jerk than the roughest of the logged roads
+        factor = min(peak / max(logged, 0.1), 5, np.sqrt(150 / max(jerk, 1)))
         if s.v[:MIN_ROWS].min() < 8 or factor < 1.2:
             continue
         rows, target = slice(0, FIRST + 3), factor * s.target
@@ -396,9 +397,8 @@ class LateralControl(BatchEnv):
     where the expectation is over what the simulator could have drawn in this step: the same on average as the cost of
     what it drew, but without that draw's noise. Sharp bends are rare and cost most, so every third road is there a
     second time with sharper ones (`sharpened`). The first episode after a seeded reset ends at a random step, so that
-    cars are not all in the same phase. An episode's end is always a time
-    limit. Its info has lataccel_cost, jerk_cost, total_cost, and score, minus total_cost but at least -200, by which
-    policies are chosen.
+    cars are not all in the same phase. An episode's end is always a time limit. Its info has lataccel_cost, jerk_cost,
+    total_cost, and score, minus total_cost but at least -200, by which policies are chosen.
 
     Args:
         num_envs: cars, N.

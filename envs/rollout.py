@@ -110,20 +110,19 @@ def evaluate(policy: Policy, args: Any, split: str = "test", video: Path | None 
     for name, value in needed.items():
         if asked.get(name, value) != value:
             raise UserError(f"this policy plays with {name} {value}, not {asked[name]}; leave {name} out")
-    env_kwargs = {**asked, **needed}
+    played = {**asked, **needed}
     window = getattr(args, "render", None)
     render_mode = window or ("rgb_array" if video else None)
     rows = 1 if window else min(ROWS, args.eval_episodes or ROWS)  # a window shows row 0: let all be played there
-    if render_mode is not None:
-        env_kwargs = {**env_kwargs, "render_mode": render_mode}
-    vec = envs.make_vec(args.env_id, rows, training=False, split=split, threads=args.threads, **env_kwargs)
+    drawing = {} if render_mode is None else {"render_mode": render_mode}  # which not every environment knows
+    vec = envs.make_vec(args.env_id, rows, training=False, split=split, threads=args.threads, **played, **drawing)
     try:
         film = Film(vec, video) if video else None
         episodes = envs.evaluation_episodes(args, vec)
         results = rollout(policy, vec, episodes, args.eval_seed, film)
     finally:
         vec.close()
-    about = {"env_id": args.env_id, "env_kwargs": {**asked, **needed}, "episodes": len(results), "seed": args.eval_seed}
+    about = {"env_id": args.env_id, "env_kwargs": played, "episodes": len(results), "seed": args.eval_seed}
     return {**about, **summarize(results)}
 
 
