@@ -20,7 +20,6 @@ import functools
 import hashlib
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -49,6 +48,7 @@ STEPS = LAST - FIRST  # of an episode
 MAX_JUMP = 0.5  # largest change of the lateral acceleration in a step, m/s^2
 MAX_STEER = 2.0
 MAX_DELTA = 0.2  # steering change that an action of 1 stands for
+STANDING = 1.0  # m/s; below it a change of the steering is not carried out
 WORST_COST = 200.0  # policies are compared with each segment's cost cut off here: a few extreme roads say little
 WARM_UP = 20  # the official simulator begins to ask the controller at this step; its answers count from FIRST on
 
@@ -90,27 +90,9 @@ class Road:
         return self.target[where], self.roll[where], self.v[where], self.a[where]
 
 
-def sharpened(segments: list[Segment]) -> list[Segment]:
-    """Every third segment with its target scaled up to a peak between 1.5 and 4.5 m/s^2, where the car is fast enough
-    and the road not as sharp already. The steering before step FIRST grows as the estimate of it does."""
-    sharp = []
-    for k, s in enumerate(segments[::3]):
-        peak = 1.5 + 3 * (k * 0.618034 % 1)  # spread evenly, whatever their number
-        logged, jerk = np.abs(s.target[FIRST:LAST]).max(), np.square(np.diff(s.target[FIRST:LAST]) / DT).mean() * 100
-        # at most five times as sharp, and with no more jerk than the roughest of the logged roads
-        factor = min(peak / max(logged, 0.1), 5, np.sqrt(150 / max(jerk, 1)))
-        if s.v[:MIN_ROWS].min() < 8 or factor < 1.2:
-            continue
-        rows, target = slice(0, FIRST + 3), factor * s.target
-        change = [estimate_steer(x[None, rows], s.roll[None, rows], s.v[None, rows])[0] for x in (target, s.target)]
-        steer = s.steer + np.pad(change[0] - change[1], (1, 0), "edge")  # the estimate begins with the second row
-        sharp.append(replace(s, name=f"{s.name} x {factor:.2f}", target=target, steer=np.clip(steer, -2, 2)))
-    return sharp
-
-
 @functools.lru_cache(maxsize=8)
-def load_road(split: str, data_path: str | None, test_path: str | None, training: bool) -> Road:
-    """The segments of a split, while training with sharpened ones; kept, since each evaluation of a run asks anew."""
+def load_road(split: str, data_path: str | None, test_path: str | None) -> Road:
+    """The segments of a split; kept, since each evaluation of a run asks anew."""
     if split == "test" and test_path is not None:
         segments = load_folder(test_path)
         seen = {file.name for file in Path(data_path).glob("*.csv")} if data_path is not None else set()
@@ -119,9 +101,9 @@ def load_road(split: str, data_path: str | None, test_path: str | None, training
         return Road(segments)
     if split == "test" and data_path is not None:
         raise UserError("the test split of a data_path needs a test_path too: a folder of other segments")
-    logged = data_path is not None
-    segments = split_of(load_folder(data_path), split) if logged else synthetic(split, SYNTHETIC[split])
-    return Road(segments + sharpened(segments) if training else segments)
+    if data_path is not None:
+        return Road(split_of(load_folder(data_path), split))
+    return Road(synthetic(split, SYNTHETIC[split]))
 
 
 class Simulator:
@@ -198,6 +180,12 @@ def estimate_steer(target: np.ndarray, roll: np.ndarray, v: np.ndarray) -> np.nd
     needed = np.stack([(target - roll)[:, k : k + n] for k in range(5)]).mean(0)
     steer = (0.64 - 0.067 * (v[:, 1 : 1 + n] - 25) / 10) * needed - 0.076 * needed * np.abs(needed)
     return np.clip(steer, -MAX_STEER, MAX_STEER)
+
+
+def steer_per_lataccel(needed: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """How much more steering one m/s^2 more takes where the steering makes `needed` of them: the slope of the fit in
+    `estimate_steer`. It falls with speed and in sharp bends, so the same steering does more there."""
+    return np.maximum(0.64 - 0.067 * (v - 25) / 10 - 2 * 0.076 * np.abs(needed), 0.2)
 
 
 def observation(known: Knowledge) -> np.ndarray:
@@ -298,7 +286,7 @@ class VelocityPID(Incremental):
 
 class FeedForward(Incremental):
     """Moves the steering with the target and the bank three steps ahead, the time that the car takes to answer, and
-    corrects what error is left by a velocity PI."""
+    corrects what error is left by a velocity PI; both as strongly as the car needs at this speed and in this bend."""
 
     def change(self, known: Knowledge) -> np.ndarray:
         weights = 0.5 ** np.abs(np.arange(-6, 7))
@@ -307,9 +295,11 @@ class FeedForward(Incremental):
         def smooth(k: int) -> np.ndarray:  # the target k steps ahead
             return known.target[:, PAST + k - 6 : PAST + k + 7] @ weights
 
+        (bank, bank_ahead), v = known.roll[:, [PAST + 2, PAST + 3]].T, known.v[:, PAST]
+        ahead = steer_per_lataccel(known.target[:, PAST + 3] - bank_ahead, v)
+        now = steer_per_lataccel(known.lat[:, -1] - known.roll[:, PAST], v)
         e, e1 = smooth(0) - known.lat[:, -1], smooth(-1) - known.lat[:, -2]
-        target_slope, bank_slope = smooth(3) - smooth(2), known.roll[:, PAST + 3] - known.roll[:, PAST + 2]
-        return 0.4 * target_slope - 0.4 * bank_slope + 0.1 * (e - e1) + 0.1 * e
+        return 0.8 * ahead * (smooth(3) - smooth(2) - (bank_ahead - bank)) + now * (0.27 * (e - e1) + 0.24 * e)
 
 
 class ChallengeController:
@@ -348,7 +338,7 @@ class ChallengeController:
                 self.policy.reset(np.zeros(1, np.int64), self)
         self.integral = leaky(self.integral, np.array([target_lataccel - current_lataccel]))
         action = self.policy(observation(self.knowledge()))[:, 0]
-        steer = steer_of(action, self.steer[-1:], self.absolute)
+        steer = steer_of(action, self.steer[-1:], np.array([state.v_ego]), self.absolute)
         self.steer = np.append(self.steer[1:], steer)
         return float(steer[0])
 
@@ -371,10 +361,13 @@ class ChallengeController:
 CONTROLLERS: dict[str, type] = {"pid": PID, "velocity-pid": VelocityPID, "feedforward": FeedForward}
 
 
-def steer_of(action: np.ndarray, last: np.ndarray, absolute: bool) -> np.ndarray:
-    """The steering that an action means, after the steering `last`."""
+def steer_of(action: np.ndarray, last: np.ndarray, v: np.ndarray, absolute: bool) -> np.ndarray:
+    """The steering that an action means, after the steering `last`, at v m/s; all (N,).
+
+    Nobody turns the wheel of a standing car. Here it would have no effect until the car moves off: a policy that is
+    never quite zero would drift for as long as it stands, and nothing would tell it so."""
     action = np.asarray(action, np.float64)
-    steer = action if absolute else last + MAX_DELTA * np.clip(action, -1, 1)
+    steer = action if absolute else last + MAX_DELTA * np.clip(action, -1, 1) * (v >= STANDING)
     return np.clip(steer, -MAX_STEER, MAX_STEER)
 
 
@@ -384,21 +377,21 @@ def steer_of(action: np.ndarray, last: np.ndarray, absolute: bool) -> np.ndarray
 class LateralControl(BatchEnv):
     """N cars on segments of the comma controls challenge, steps 100 to 499.
 
-    Action: in "delta" mode one number in [-1, 1], the change of the steering in units of 0.2; in "absolute" mode the
-    steering itself, in [-2, 2]. Positive steering and positive lateral acceleration are to the same side. Observation:
-    see `observation`.
+    Action: in "delta" mode one number in [-1, 1], the change of the steering in units of 0.2, of which nothing comes
+    while the car stands (below 1 m/s); in "absolute" mode the steering itself, in [-2, 2]. Positive steering and
+    positive lateral acceleration are to the same side. Observation: see `observation`.
 
     With training=False row i plays the segments i, i + N, ... of the split in order (an episode's seed [s, k] means
     segment k), with the official simulator's noise, and the reward sums to minus the official total_cost. With
     training=True segments and noise are random, and the reward is
 
-        -E[5000 (target - lat)^2 + 10000 (change of lat)^2] / 100
+        -w E[5000 (target - lat)^2 + 10000 (change of lat)^2] / 100,    w = 100 / (100 + jerk_cost of the target itself)
 
-    where the expectation is over what the simulator could have drawn in this step: the same on average as the cost of
-    what it drew, but without that draw's noise. Sharp bends are rare and cost most, so every third road is there a
-    second time with sharper ones (`sharpened`). The first episode after a seeded reset ends at a random step, so that
-    cars are not all in the same phase. An episode's end is always a time limit. Its info has lataccel_cost, jerk_cost,
-    total_cost, and score, minus total_cost but at least -200, by which policies are chosen.
+    where w keeps extreme roads from dominating, and the expectation is over what the simulator could have drawn in this
+    step: the same on average as the cost of what it drew, but without that draw's noise. The first episode after a
+    seeded reset ends at a random step, so that cars are not all in the same phase. An episode's end is always a time
+    limit. Its info has lataccel_cost, jerk_cost, total_cost, and score, minus total_cost but at least -200, by which
+    policies are chosen.
 
     Args:
         num_envs: cars, N.
@@ -439,9 +432,11 @@ class LateralControl(BatchEnv):
             num_envs, box, gym.spaces.Box(-bound, bound, (1,), np.float32), STEPS, training, split, render_mode
         )
         self.absolute, self.copies = action_mode == "absolute", copies if training else 1
-        self.road = load_road(split, data_path, test_path, training)
+        self.road = load_road(split, data_path, test_path)
         self.num_episodes = None if training else len(self.road.names)
         self.sim = Simulator(num_envs, self.road, Dynamics(model_path or EMBEDDED, threads))
+        jerk = np.square(np.diff(self.road.target[:, FIRST:LAST], axis=1) / DT).mean(1) * 100
+        self.weight = 100 / (100 + jerk)
         self.upcoming = np.arange(num_envs)  # the segment that the row's next episode is on, with training=False
         self.limit = np.full(num_envs, STEPS)  # steps of the row's episode
         self.staggered = False
@@ -482,7 +477,7 @@ class LateralControl(BatchEnv):
     def advance(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         sim, every = self.sim, np.arange(self.num_envs)
         i, before = sim.t - FIRST, sim.lat[:, -1].copy()
-        steer = steer_of(action[:, 0], self.known_steer[:, -1], self.absolute)
+        steer = steer_of(action[:, 0], self.known_steer[:, -1], self.road.v[sim.segment, sim.t], self.absolute)
         lat = sim.step(steer, self.uniform[every, i])
         self.lat[every, i], self.steer[every, i] = lat, steer
         push(self.known_steer, steer)
@@ -491,7 +486,7 @@ class LateralControl(BatchEnv):
         target = self.road.target[sim.segment, sim.t - 1]
         if self.training:
             error, change = sim.expected_cost(target, before)
-            reward = -(5000 * error + 10000 * change * (i > 0)) / 100
+            reward = -self.weight[sim.segment] * (5000 * error + 10000 * change * (i > 0)) / 100
         else:  # the official jerk begins with the second step
             error, change = np.square(target - lat), np.square(lat - before) * (i > 0)
             reward = -(5000 / STEPS * error + 10000 / (STEPS - 1) * change)
