@@ -95,8 +95,6 @@ class Args:
     """divide rewards by the running standard deviation of the discounted return"""
     norm_adv: bool = True
     """normalise advantages within each minibatch"""
-    clip_adv: float | None = None
-    """keep advantages, once normalised, within +- this: a few extreme ones would drown the others; usually 3 to 5"""
     group_size: int = 1
     """environments in the same situation, whose mean advantage is subtracted; 1 for none"""
     init_log_std: float = -0.5
@@ -350,8 +348,6 @@ def ppo_loss(agent: Agent, args: Args, critic_only: bool, *minibatch: Tensor) ->
     if args.norm_adv:
         std, mean = torch.std_mean(advantage)
         advantage = (advantage - mean) / (std + 1e-8)
-    if args.clip_adv is not None:
-        advantage = advantage.clamp(-args.clip_adv, args.clip_adv)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(advantage * ratio, advantage * clipped_ratio).mean()
 

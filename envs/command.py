@@ -153,7 +153,7 @@ def checked(args: Any) -> Any:
         "vf_coef",
     ):
         refuse(getattr(args, name) < 0, name, "0 or more")
-    for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl", "clip_adv"):
+    for name in ("learning_rate", "clip_coef", "max_grad_norm", "target_kl"):
         refuse(getattr(args, name) is not None and getattr(args, name) <= 0, name, "above 0")
     for name in ("seed", "eval_seed"):  # numpy takes a larger one as two, and streams would coincide
         refuse(getattr(args, name) >= 2**32, name, "below 2**32")
