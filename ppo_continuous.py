@@ -47,7 +47,7 @@ class Args:
     seed: int = 1
     """seed of the networks, the environments and the minibatch order"""
     total_timesteps: int = 1_000_000
-    """environment steps, counted over all environments"""
+    """environment steps, counted over all environments; an action repeat makes several with one action"""
     num_envs: int = 8
     """environments stepped in parallel"""
     num_steps: int = 256
@@ -145,6 +145,12 @@ class Args:
 
 # {environment: settings that differ from the defaults above}; --env-id X --help shows the values in force.
 CLEANRL = {"num_envs": 1, "num_steps": 2048}  # one environment, as CleanRL's published runs
+# Four steps an action; driving earns more than standing, so that it is learned, and a fall costs
+BALLBOT = {
+    "env_kwargs": {"action_repeat": 4, "alive_reward": 0.002, "fall_penalty": 1.0},
+    "total_timesteps": 1_500_000, "num_envs": 64, "num_steps": 128, "minibatch_size": 512, "learning_rate": 5e-4,
+    "gamma": 0.998, "clip_value": False, "init_log_std": -0.3, "eval_every": 150_000, "eval_episodes": 40,
+}  # fmt: skip
 TUNED: dict[str, dict] = {
     "LateralControl-v0": {
         "total_timesteps": 600_000, "num_envs": 128, "num_steps": 50, "minibatch_size": 1600, "update_epochs": 8,
@@ -152,6 +158,8 @@ TUNED: dict[str, dict] = {
         "norm_obs": False,  # the observations are scaled by hand
         "group_size": 8, "init_log_std": -1.0, "final_log_std": -3.0, "eval_every": 60_000, "eval_episodes": 0,
     },
+    "Ballbot-v0": BALLBOT,
+    "BallbotDepth-v0": BALLBOT,
     "HalfCheetah-v5": CLEANRL,
     "Hopper-v5": CLEANRL,
     "Walker2d-v5": CLEANRL,
@@ -273,7 +281,7 @@ def collect(
     for _ in range(args.num_steps):
         action = agent.sample(torch.as_tensor(obs, dtype=torch.float32, device=device))
         new_obs, reward, terminated, truncated, info = vec.step(agent.bounded(action).cpu().numpy())
-        step += vec.num_envs
+        step += vec.num_envs * vec.action_repeat
         require_finite("observation", new_obs, step)
         require_finite("reward", reward, step)
 
@@ -417,7 +425,7 @@ def train(args: Args) -> dict:
         FloatingPointError: observations, rewards, losses or parameters are not finite.
     """
     args = command.checked(args)
-    batch_size = args.num_envs * args.num_steps
+    batch_size = command.steps_per_rollout(args)
     iterations = args.total_timesteps // batch_size
     resumed = command.load_to_resume(args, iterations * batch_size, kind="policy")
     device = run.prepare_torch(args)

@@ -48,7 +48,7 @@ class Args:
     seed: int = 1
     """seed of the networks, the environments and the minibatch order"""
     total_timesteps: int = 50_000
-    """environment steps, counted over all environments"""
+    """environment steps, counted over all environments; an action repeat makes several with one action"""
     num_envs: int = 8
     """environments stepped in parallel"""
     num_steps: int = 256
@@ -293,7 +293,7 @@ def collect(
         require_finite("base action", base, step)
         residual = agent.sample(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
         new_obs, reward, terminated, truncated, info = vec.step(correct(base, residual, args, space))
-        step += vec.num_envs
+        step += vec.num_envs * vec.action_repeat
         require_finite("observation", new_obs, step)
         require_finite("reward", reward, step)
         reward = reward - args.residual_penalty * np.square(np.clip(residual, -1, 1)).sum(1)
@@ -438,7 +438,7 @@ def train(args: Args) -> dict:
         FloatingPointError: observations, rewards, losses or parameters are not finite.
     """
     args = command.checked(args)
-    batch_size = args.num_envs * args.num_steps
+    batch_size = command.steps_per_rollout(args)
     iterations = args.total_timesteps // batch_size
     resumed = command.load_to_resume(args, iterations * batch_size, kind="residual")
     device = run.prepare_torch(args)

@@ -14,7 +14,10 @@ gym.register("SO101Paper-v0", "envs.so101:SO101PaperEnv", vector_entry_point="en
 
 gym.register("LateralControl-v0", "envs.lateral:LateralControlEnv", vector_entry_point="envs.lateral:LateralControl")
 
-OURS = ("LateralControl-v0", "SO101Paper-v0")
+gym.register("Ballbot-v0", "envs.ballbot:BallbotEnv", vector_entry_point="envs.ballbot:Ballbot")
+gym.register("BallbotDepth-v0", "envs.ballbot:BallbotDepthEnv", vector_entry_point="envs.ballbot:BallbotDepth")
+
+OURS = ("Ballbot-v0", "BallbotDepth-v0", "LateralControl-v0", "SO101Paper-v0")
 
 
 def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any) -> BatchEnv | GymVec:
@@ -42,7 +45,7 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any)
         entry = spec.vector_entry_point
         cls = gym.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
         native = isinstance(cls, type) and issubclass(cls, BatchEnv)
-        known = inspect.signature(cls).parameters if native else ()
+        known = arguments(cls) if native else ()
         optional = ("training", "split", "threads") if native else ("training", "threads")
         kwargs = {name: value for name, value in kwargs.items() if name in known or name not in optional}
         if "copies" in kwargs and "copies" not in known:
@@ -106,13 +109,25 @@ def require_flat_box(vec: Any) -> None:
         raise UserError(f"actions must be a flat, bounded Box, not {what}; bound them with a Gymnasium wrapper")
 
 
+def arguments(cls: type) -> dict[str, inspect.Parameter]:
+    """What a constructor takes by name, and through its ** those of the classes that it extends."""
+    taken: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = list(inspect.signature(base).parameters.values())
+            taken |= {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+    return taken
+
+
 def check_kwargs(cls: type, kwargs: dict) -> None:
     """Compare an environment's arguments with the annotations of its constructor.
 
     Raises:
         TypeError: an unknown name, or a value of another type.
     """
-    parameters = {name: p for name, p in inspect.signature(cls).parameters.items() if name != "num_envs"}
+    parameters = {name: p for name, p in arguments(cls).items() if name != "num_envs"}
     for name, value in kwargs.items():
         if name not in parameters:
             raise TypeError(f"no argument {name!r}; it has {', '.join(parameters)}")

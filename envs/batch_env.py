@@ -74,6 +74,8 @@ class BatchEnv(gym.vector.VectorEnv):
                 f"render_mode must be one of {', '.join(self.metadata['render_modes'])}, not {render_mode!r}"
             )
         self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
+        self.action_repeat = 1  # steps of the task that one call of step() makes ...
+        self.steps_made: int | Array = 1  # ... and that the last one made in each row, if not all
         self.limit: int | Array = max_episode_steps  # a subclass may give each row's episode its own, (N,)
         self.num_episodes: int | None = None  # with training=False: how many different ones the split has, if limited
         self.training, self.split, self.render_mode = training, split, render_mode
@@ -121,7 +123,7 @@ class BatchEnv(gym.vector.VectorEnv):
         """
         reward, terminated, metrics = self.advance(actions)
         self.episode_return += reward
-        self.episode_length += 1
+        self.episode_length += self.steps_made
         truncated = ~terminated & (self.episode_length >= self.limit)
         done = terminated | truncated
         obs, info = self.observe(np.arange(self.num_envs)), {}
@@ -231,7 +233,7 @@ class GymVec(gym.vector.VectorEnv):
         self.observation_space = batch_space(first.observation_space, num_envs)
         self.action_space = batch_space(first.action_space, num_envs)
         self.obs = create_empty_array(first.observation_space, num_envs)  # where each row is now
-        self.split, self.steps, self.seed = split, 0, 0
+        self.split, self.steps, self.seed, self.action_repeat = split, 0, 0, 1
         self.episode_return, self.episode_length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
 
     def reset(self, *, seed: int | list | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:

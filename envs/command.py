@@ -90,7 +90,8 @@ def parse(
     elif chosen.config is not None:
         source, values, forget = chosen.config, load_config(chosen.config), NOT_INHERITED
     else:
-        source, values, forget = "tuned settings", {}, NOT_INHERITED
+        # A scripted controller plays the task as it is, without the arguments that are tuned for learning
+        source, values, forget = "tuned settings", {}, (*NOT_INHERITED, *(["env_kwargs"] if playing else []))
     choice = [name for name, p in inspect.signature(tuned).parameters.items() if p.kind != p.VAR_KEYWORD]
     row = tuned(**{name: values.get(name, getattr(chosen, name)) for name in choice})
     values = {**asdict(row), **values}
@@ -135,7 +136,7 @@ def checked(args: Any) -> Any:
             raise UserError(f"--{name.replace('_', '-')} must be {must}, not {getattr(args, name)}")
 
     if args.dry_run:
-        step = args.num_envs * args.num_steps
+        step = steps_per_rollout(args)
         args = replace(args, total_timesteps=step, checkpoint_every=step, eval_episodes=2)
     for name in ("num_envs", "num_steps", "update_epochs", "threads", "hidden_sizes", "group_size"):
         refuse(np.min(getattr(args, name), initial=1) < 1, name, "at least 1")
@@ -164,7 +165,8 @@ def checked(args: Any) -> Any:
     divides = args.minibatch_size >= 2 and batch % args.minibatch_size == 0
     refuse(not divides, "minibatch_size", f"at least 2 and divide num_envs * num_steps = {batch}")
     refuse(args.num_envs % args.group_size != 0, "group_size", f"a divisor of --num-envs {args.num_envs}")
-    refuse(args.total_timesteps < batch, "total_timesteps", f"at least one rollout, num_envs * num_steps = {batch}")
+    least = steps_per_rollout(args)
+    refuse(args.total_timesteps < least, "total_timesteps", f"at least one rollout, {least} steps")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu, or install PyTorch with CUDA")
     check_env_kwargs(args.env_kwargs, args.eval_env_kwargs)
@@ -177,6 +179,12 @@ def checked(args: Any) -> Any:
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs {package}: pip install -e '.[{extra}]'")
     return args
+
+
+def steps_per_rollout(args: Any) -> int:
+    """Environment steps between two updates, over all environments; an action repeat makes several with one action."""
+    repeat = args.env_kwargs.get("action_repeat", 1)
+    return args.num_envs * args.num_steps * (max(repeat, 1) if isinstance(repeat, int) else 1)
 
 
 def check_env_kwargs(*dicts: dict) -> None:
@@ -236,7 +244,7 @@ def load_to_resume(args: Any, last_step: int, kind: str) -> dict | None:
         UserError: args differ in more than the total and the place, or the run is complete.
     """
     if last_step < args.total_timesteps:
-        rollout = f"whole rollouts of {args.num_envs * args.num_steps:,}"
+        rollout = f"whole rollouts of {steps_per_rollout(args):,}"
         print(f"{last_step:,} of {args.total_timesteps:,} steps: {rollout}", file=sys.stderr)
     if args.resume is None:
         return None

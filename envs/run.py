@@ -31,7 +31,7 @@ from torch import nn
 
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy", "onnxruntime")
 # Arguments of environments that say what an action means: a deployed policy needs them
-MEANING = {"action_mode"}
+MEANING = {"action_mode", "action_repeat"}
 POLICY_KEYS = ("kind", "env_id", "env_kwargs", "args", "agent", "step")
 
 
@@ -245,10 +245,24 @@ def sha256(path: Path) -> str:
 
 
 def load(path: Path) -> dict:
-    """A .pt file of ours.
+    """A checkpoint or a policy file.
 
     Raises:
         UserError: the file is missing, damaged, or something else.
+    """
+    content = read_pt(path, "use another checkpoint")
+    if not set(POLICY_KEYS) <= content.keys():
+        raise UserError(
+            f"{path}: not a policy of this project; give best.pt, final.pt or checkpoints/step_*.pt of a run"
+        )
+    return content
+
+
+def read_pt(path: Path, advice: str) -> dict:
+    """What `save` wrote.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds something else than a dict.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; give a .pt file, or a run directory that holds one")
@@ -257,13 +271,9 @@ def load(path: Path) -> dict:
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
+        return {**content}
     except Exception as error:  # what torch.load raises has no common base
-        raise UserError(f"{path}: empty, damaged or not a file of this project; use another checkpoint") from error
-    if not isinstance(content, dict) or not set(POLICY_KEYS) <= content.keys():
-        raise UserError(
-            f"{path}: not a policy of this project; give best.pt, final.pt or checkpoints/step_*.pt of a run"
-        )
-    return content
+        raise UserError(f"{path}: empty, damaged or not a file of this project; {advice}") from error
 
 
 def load_checkpoint(path: Path, kind: str | None = None) -> dict:

@@ -1,8 +1,5 @@
 """SO101Paper-v0: an SO-101 arm drags a sheet of paper into a taped frame."""
 
-import threading
-import time
-import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +9,7 @@ import numpy as np
 from mujoco.batch import Batch
 
 from envs.batch_env import BatchEnv, SingleEnv
-from envs.run import UserError
+from envs.view import View
 
 ASSET = Path(__file__).parent / "assets" / "so101_paper.xml"
 SUBSTEPS = 12  # of 1/360 s: the policy acts at 30 Hz
@@ -165,7 +162,7 @@ class SO101Paper(BatchEnv):
         self.tip = self.batch.site("end_effector").xpos
         self.frictionloss, self.friction = self.batch.expand("dof_frictionloss"), self.batch.expand("geom_friction")
         self.steps_inside, self.potential = np.zeros(num_envs, np.int64), np.zeros(num_envs)
-        self.renderer = self.viewer = None
+        self.view = View("table", self.metadata["render_fps"])
 
     def start(self, rows: np.ndarray) -> None:
         self.batch.reset(rows, stage=mujoco.mjtStage.mjSTAGE_NONE)
@@ -260,44 +257,10 @@ class SO101Paper(BatchEnv):
         """Row 0, drawn by MuJoCo: an image (480, 640, 3) uint8, or in mode human a window."""
         data = self.batch.get_data(0)
         mujoco.mj_forward(self.model, data)
-        if self.render_mode == "human":
-            if self.viewer is None:
-                self.viewed = data
-                self._open_window()
-            self.viewed.qpos[:] = data.qpos
-            mujoco.mj_forward(self.model, self.viewed)
-            self.viewer.sync()
-            time.sleep(1 / self.metadata["render_fps"])
-            return None
-        if self.renderer is None:
-            try:
-                with warnings.catch_warnings(action="ignore"):
-                    self.renderer = mujoco.Renderer(self.model, 480, 640)
-            except Exception as error:  # each OpenGL backend has its own
-                raise UserError("MuJoCo found no OpenGL; on a machine without a screen set MUJOCO_GL=egl") from error
-        self.renderer.update_scene(data, camera="table")
-        return self.renderer.render()
-
-    def _open_window(self) -> None:
-        """MuJoCo's viewer, which draws in threads of its own."""
-        import glfw
-        from mujoco import viewer
-
-        with warnings.catch_warnings(action="ignore"):
-            if not glfw.init():
-                raise UserError("no display for a window; --capture-video with MUJOCO_GL=egl needs none")
-        before = set(threading.enumerate())
-        self.viewer = viewer.launch_passive(self.model, self.viewed)
-        self.viewer_threads = set(threading.enumerate()) - before
+        return (self.view.window if self.render_mode == "human" else self.view.image)(self.model, data)
 
     def close_extras(self, **kwargs: Any) -> None:
-        if self.renderer is not None:
-            self.renderer.close()
-        if self.viewer is not None:
-            self.viewer.close()
-            for thread in self.viewer_threads:  # close() only asks them to end, and Python may not end before them
-                thread.join(timeout=5)
-        self.renderer = self.viewer = None
+        self.view.close()
 
 
 class SO101PaperEnv(SingleEnv):

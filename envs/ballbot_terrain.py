@@ -1,0 +1,63 @@
+"""Uneven ground for the ballbot: height fields of simplex noise."""
+
+from itertools import combinations, product
+
+import numpy as np
+
+POINTS = 293  # of the height field along each side
+SIDE = 10.0  # m
+SPACING = SIDE / (POINTS - 1)
+FEATURE = 25  # points: length scale of the coarsest noise
+OCTAVES, PERSISTENCE, LACUNARITY = 4, 0.2, 2
+
+# Gustavson, "Simplex noise demystified" (2005): from the plain grid to the one of simplices, and back
+SKEW, UNSKEW = np.float32((5**0.5 - 1) / 4), np.float32((5 - 5**0.5) / 20)
+GRADIENTS = np.array([g for g in product((-1, 0, 1), repeat=4) if np.abs(g).sum() == 3], np.float32).T  # (4, 32)
+
+
+def simplex_noise(x: np.ndarray, permutation: np.ndarray) -> np.ndarray:
+    """Four-dimensional simplex noise (Perlin 2001).
+
+    Args:
+        x: (4, P) float32, points.
+        permutation: (768,) int32, a permutation of 0..255 three times over: what makes one noise differ from another.
+
+    Returns:
+        (P,) float32, within about [-1, 1], smooth, zero on average.
+    """
+    cell = np.floor(x + SKEW * x.sum(0))
+    x = x - cell + UNSKEW * cell.sum(0)  # from the cell's corner
+    rank = np.zeros(x.shape, np.int8)  # the order of the components says which of the cell's simplices it is
+    for a, b in combinations(range(4), 2):
+        larger = x[a] > x[b]
+        rank[a] += larger
+        rank[b] += ~larger
+    cell = cell.astype(np.int32) & 255
+    noise = np.zeros(x.shape[1], np.float32)
+    for corner in range(5):
+        offset = rank >= 4 - corner
+        d = x - offset + corner * UNSKEW
+        i, j, k, m = cell + offset
+        # `take` gathers three times as fast as an index
+        hashed = permutation.take(permutation.take(permutation.take(permutation.take(i) + j) + k) + m)
+        slope = (GRADIENTS.take(hashed & 31, axis=1) * d).sum(0)
+        noise += np.maximum(np.float32(0.6) - (d * d).sum(0), 0) ** 4 * slope
+    return 27 * noise
+
+
+def heights(seed: int) -> np.ndarray:
+    """Uneven ground, (293, 293) float32 from 0 to 1; rows run along y, columns along x.
+
+    Four octaves on a plane through four-dimensional noise. The published ground is one too, as its noise comes from a
+    function that closes upon itself; a plane through two-dimensional noise would be nearly twice as steep.
+    """
+    rng = np.random.default_rng(seed)
+    permutation = np.tile(rng.permutation(256), 3).astype(np.int32)
+    line = np.arange(POINTS) / FEATURE
+    plane = np.zeros((4, POINTS, POINTS))
+    plane[0], plane[1] = line, line[:, None]
+    plane = (plane.reshape(4, -1) + rng.uniform(0, 256, (4, 1))).astype(np.float32)
+    octaves = (PERSISTENCE**n * simplex_noise(plane * LACUNARITY**n, permutation) for n in range(OCTAVES))
+    ground = sum(octaves).reshape(POINTS, POINTS).astype(np.float32)
+    low, high = ground.min(), ground.max()
+    return (ground - low) / (high - low)
