@@ -100,7 +100,7 @@ class Ballbot(BatchEnv):
 
     Observation (16): orientation of the base as a rotation vector 3 (rad), its angular velocity in its own frame 3
     (rad/s, cut off at +-2), its velocity in the world 3 (m/s, +-2), wheel speeds 3 (10 rad/s, +-2), last action 3, and
-    the age of the newest depth images 1 (s). Action (3): torque of the wheels' motors, -10 N m each, within +-1.
+    the age of the newest depth images 1 (s). Action (3): torques of the wheels, where 1 is -10 N m, within +-1.
 
     The task (training=False): of a step of 2 ms the reward is (velocity . goal) / 100 - 1e-4 |action|^2, and 0.02
     for standing. It starts upright, at rest, 3 cm above the ground. A lean of more than 20 degrees ends the episode

@@ -6,6 +6,7 @@
     python tools/bench.py envs --threads 2 --policy runs/<run>
     python tools/bench.py envs --env-id LateralControl-v0 --policy zero --num-envs 1 8 64 128
         [--env-kwargs model_path tinyphysics.onnx data_path segments]      beside a plain loop as the official one
+    python tools/bench.py envs --env-id BallbotDepth-v0 --policy zero      beside a plain loop as the published one
     python tools/bench.py memory                     resident memory of a training run
 
 Both sides of `ppo` run with SETTINGS below (pip install -e ".[bench]" brings Stable-Baselines3). Compare CPU time where
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import mujoco
 import numpy as np
 import onnxruntime
 import torch
@@ -41,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import envs
 import ppo_continuous
 import ppo_residual
-from envs import command, lateral, lateral_model, rollout, run
+from envs import ballbot, command, lateral, lateral_model, rollout, run
 from envs.run import UserError
 
 
@@ -381,7 +383,7 @@ def steps_per_second(args: Envs, num_envs: int) -> tuple[float, float]:
         before = time.perf_counter()
         obs, *_ = vec.step(action)
         stepping += time.perf_counter() - before
-        steps += num_envs
+        steps += num_envs * vec.action_repeat
     return steps / elapsed, steps / stepping
 
 
@@ -401,6 +403,56 @@ def bench_envs(args: Envs) -> None:
         print(f"| {num_envs} | {rates[0]:,.0f} | {rates[1]:,.0f} |", flush=True)
     if args.env_id.removeprefix("envs:") == "LateralControl-v0":
         bench_lateral(args)
+    if isinstance(envs.make_vec(args.env_id, 1, **args.env_kwargs), ballbot.Ballbot):
+        bench_ballbot(args)
+
+
+def bench_ballbot(args: Envs) -> None:
+    """A plain loop over one robot, as the published environment steps (RK4, observation and reward in Python), beside
+    the largest batch."""
+    vec = envs.make_vec(args.env_id, 1, training=True, **args.env_kwargs)
+    model = vec.models[0]
+    model.opt.integrator = mujoco.mjtIntegrator.mjINT_RK4
+    policy, plain, batched = make_policy(args.policy, vec), [], []
+    for repeat in range(args.repeats):
+        vec.reset(seed=repeat)
+        if hasattr(policy, "reset"):
+            policy.reset(np.arange(1), vec)
+        plain.append(plain_ballbot(vec, model, policy, args.seconds))
+        batched.append(steps_per_second(args, max(args.num_envs))[1])
+    ours, theirs = statistics.median(batched), statistics.median(plain)
+    print(
+        f"\nsteps/s: {max(args.num_envs)} robots {ours:,.0f}, one robot in a plain loop with RK4 {theirs:,.0f}", end=""
+    )
+    print(f": {ours / theirs:.1f} times as many")
+
+
+def plain_ballbot(vec: ballbot.Ballbot, model: mujoco.MjModel, policy: rollout.Policy, seconds: float) -> float:
+    """Steps a second of one robot, without what its policy takes."""
+    data, spent, steps, action = mujoco.MjData(model), 0.0, 0, np.zeros(3)
+    start = vec.qpos[0].copy()
+    data.qpos[:] = start
+    while spent < seconds:
+        begin = time.perf_counter()
+        rotation = ballbot.rotation_vector(data.qpos[None, ballbot.QUATERNION])[0]
+        velocities = [data.qvel[ballbot.ANGULAR_VELOCITY], data.qvel[ballbot.VELOCITY], data.qvel[ballbot.WHEELS] / 10]
+        obs = np.concatenate([rotation, *velocities, action, [0]], dtype=np.float32).clip(
+            ballbot.OBS_LOW, ballbot.OBS_HIGH
+        )
+        spent += time.perf_counter() - begin
+        action = policy(obs[None])[0]
+        begin = time.perf_counter()
+        data.ctrl[:] = -ballbot.MAX_TORQUE * action
+        mujoco.mj_step(model, data)
+        data.qpos[ballbot.DRIVES] = 0
+        upright = ballbot.rotation_matrix(data.qpos[None, ballbot.QUATERNION])[0, 2, 2]
+        reward = data.qvel[1] / 100 - 1e-4 * np.square(action).sum() + ballbot.ALIVE_REWARD
+        if upright < np.cos(ballbot.MAX_TILT) or not np.isfinite(reward):
+            mujoco.mj_resetData(model, data)
+            data.qpos[:] = start
+        steps += 1
+        spent += time.perf_counter() - begin
+    return steps / spent
 
 
 def bench_lateral(args: Envs) -> None:
