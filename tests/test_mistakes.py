@@ -263,7 +263,7 @@ TRAINING = {
     "--env-id LateralControl-v0 --base-policy feedforward": r"feedforward",
     "--env-id LateralControl-v0 --base-policy blend:pid:zero:0.5": r"pid",
     "--hidden-sizes 64 0": r"--hidden-sizes must be at least 1, not \(64, 0\)",
-    "--total-timesteps 127": r"--total-timesteps must be at least one rollout, num_envs \* num_steps = 128, not 127",
+    "--total-timesteps 127": r"--total-timesteps must be at least one rollout, 128 steps, not 127",
     "--gamma 1.01": r"--gamma must be between 0 and 1, not 1\.01",
     "--gae-lambda -0.1": r"--gae-lambda must be between 0 and 1, not -0\.1",
     "--learning-rate 0": r"--learning-rate must be above 0, not 0",
@@ -346,7 +346,7 @@ def test_evaluating(refused, line):
 
 
 CONTINUOUS = {
-    "--env-id LateralControl-v7": r"unknown environment 'LateralControl-v7'; ours are LateralControl-v0, SO101Paper-v0",
+    "--env-id LateralControl-v7": r"unknown environment 'LateralControl-v7'; ours are Ballbot-v0, BallbotDepth-v0, LateralControl-v0",
     "--env-id CartPole-v1": r"actions must be a flat, bounded Box, not Discrete\(2\)",
     "--env-id DictObservations-v0": r"observations must be a flat Box, not Dict.*; flatten",
     "--env-id UnboundedActions-v0": r"actions must be a flat, bounded Box, not Box\(-inf",

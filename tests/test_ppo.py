@@ -364,6 +364,7 @@ class Toy:
     """Three environments with written-down episodes: observations count the steps, final ones are negative."""
 
     num_envs = 3
+    action_repeat = 1
     single_action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
 
     def __init__(self, wrong=None, value=np.nan):
