@@ -346,7 +346,7 @@ def test_evaluating(refused, line):
 
 
 CONTINUOUS = {
-    "--env-id LateralControl-v7": r"unknown environment 'LateralControl-v7'; ours are Ballbot-v0, BallbotDepth-v0, LateralControl-v0",
+    "--env-id LateralControl-v7": r"unknown environment 'LateralControl-v7'; ours are Ballbot-v0, BallbotDepth-v0, Lat",
     "--env-id CartPole-v1": r"actions must be a flat, bounded Box, not Discrete\(2\)",
     "--env-id DictObservations-v0": r"observations must be a flat Box, not Dict.*; flatten",
     "--env-id UnboundedActions-v0": r"actions must be a flat, bounded Box, not Box\(-inf",
