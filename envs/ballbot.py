@@ -296,7 +296,6 @@ class BallbotDepth(Ballbot):
         high = np.concatenate([OBS_HIGH, np.full(features, highest, np.float32)])
         self.single_observation_space = gym.spaces.Box(low, high, dtype=np.float32)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.images = np.zeros((self.num_envs, 2, depth_size, depth_size), np.float32)
         self.features = np.zeros((self.num_envs, features), np.float32)
 
     def look(self, rows: np.ndarray) -> None:
@@ -304,17 +303,14 @@ class BallbotDepth(Ballbot):
             return
         position, ball = self.qpos[rows, BASE], self.qpos[rows, BALL]
         rotation = rotation_matrix(self.qpos[rows, QUATERNION])
-        self.images[rows] = self.cameras(position, rotation, ball, self.ground[rows], self.steepest[rows])
-        if self.encoder is not None:
-            self.features[rows] = self.encoder(self.images[rows])
-        else:
-            self.features[rows] = self.images[rows].reshape(len(rows), -1)
+        images = self.cameras(position, rotation, ball, self.ground[rows], self.steepest[rows])
+        self.features[rows] = images.reshape(len(rows), -1) if self.encoder is None else self.encoder(images)
 
     def observe(self, rows: np.ndarray) -> np.ndarray:
         return np.concatenate([super().observe(rows), self.features[rows]], axis=1)
 
     def state(self) -> dict[str, np.ndarray]:
-        return {**super().state(), "images": self.images, "features": self.features}
+        return {**super().state(), "features": self.features}
 
 
 class BallbotEnv(SingleEnv):
