@@ -122,6 +122,7 @@ class Ballbot(BatchEnv):
         action_repeat: steps that an action lasts.
         alive_reward: of training only, instead of 0.02.
         fall_penalty: of training only, subtracted for a fall.
+        speed_limit: of training only, m/s: what the robot drives faster is subtracted from its speed in the reward.
         threads: CPU threads of the simulator; the result does not depend on it.
 
     Raises:
@@ -144,6 +145,7 @@ class Ballbot(BatchEnv):
         action_repeat: int = 1,
         alive_reward: float = ALIVE_REWARD,
         fall_penalty: float = 0.0,
+        speed_limit: float | None = None,
         threads: int = 1,
     ):
         if not 0 <= terrain_height <= 1:
@@ -161,6 +163,7 @@ class Ballbot(BatchEnv):
         self.goal = np.array([np.cos(np.radians(goal_direction)), np.sin(np.radians(goal_direction))])
         self.alive_reward = alive_reward if training else ALIVE_REWARD
         self.fall_penalty = fall_penalty if training else 0.0
+        self.speed_limit = speed_limit if training and speed_limit is not None else np.inf
 
         spec = mujoco.MjSpec.from_file(str(ASSET))
         self.elevation = terrain_height if self.uneven else 0.0
@@ -211,7 +214,8 @@ class Ballbot(BatchEnv):
             self.qpos[:, DRIVES] = 0  # see the asset
             going, upright = ~fallen, self._upright() > np.cos(MAX_TILT)
             forward = self.qvel[:, VELOCITY][:, :2] @ self.goal
-            reward += going * (forward / 100 - effort + np.where(upright, self.alive_reward, -self.fall_penalty))
+            paid = np.minimum(forward, 2 * self.speed_limit - forward) / 100
+            reward += going * (paid - effort + np.where(upright, self.alive_reward, -self.fall_penalty))
             self.distance += going * forward * TIMESTEP
             self.steps_made += going
             fallen |= ~upright
@@ -303,7 +307,7 @@ class BallbotDepth(Ballbot):
             return
         position, ball = self.qpos[rows, BASE], self.qpos[rows, BALL]
         rotation = rotation_matrix(self.qpos[rows, QUATERNION])
-        images = self.cameras(position, rotation, ball, self.ground[rows], self.steepest[rows])
+        images = self.cameras(position, rotation, ball, self.ground, rows, self.steepest[rows])
         self.features[rows] = images.reshape(len(rows), -1) if self.encoder is None else self.encoder(images)
 
     def observe(self, rows: np.ndarray) -> np.ndarray:

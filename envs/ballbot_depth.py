@@ -40,15 +40,22 @@ class DepthCameras:
         self.directions = np.concatenate([axes.T @ pixels for axes in AXES], axis=1)  # (3, 2 size^2) in the base frame
 
     def __call__(
-        self, position: np.ndarray, rotation: np.ndarray, ball: np.ndarray, ground: np.ndarray, steepest: np.ndarray
+        self,
+        position: np.ndarray,
+        rotation: np.ndarray,
+        ball: np.ndarray,
+        ground: np.ndarray,
+        fields: np.ndarray,
+        steepest: np.ndarray,
     ) -> np.ndarray:
         """Depth along the view axis, as of an ideal camera, cut off at 1 m.
 
         Args:
             position, rotation: of the base, (N, 3) m and (N, 3, 3).
             ball: its centre, (N, 3) m.
-            ground: height at the points of the field, (N, 293, 293) float32, m.
-            steepest: a bound of the ground's slope, (N,).
+            ground: height at the points of all fields, (M, 293, 293) float32, m.
+            fields: which of them each robot stands on, (N,).
+            steepest: a bound of the slope there, (N,).
 
         Returns:
             (N, 2, size, size) float32, m.
@@ -65,12 +72,14 @@ class DepthCameras:
         root = np.square(b) - a * c
         on_ball = np.where(root > 0, (-b - np.sqrt(np.maximum(root, 0))) / a, FAR)
 
-        on_ground = march(np.repeat(eyes, pixels, axis=2), rays, ground, steepest)
+        on_ground = march(np.repeat(eyes, pixels, axis=2), rays, ground, fields, steepest)
         depth = np.minimum(on_ball.reshape(n, -1), on_ground).clip(0, FAR)
         return depth.reshape(n, 2, self.size, self.size).astype(np.float32)
 
 
-def march(origin: np.ndarray, ray: np.ndarray, ground: np.ndarray, steepest: np.ndarray) -> np.ndarray:
+def march(
+    origin: np.ndarray, ray: np.ndarray, ground: np.ndarray, fields: np.ndarray, steepest: np.ndarray
+) -> np.ndarray:
     """How far along each ray the ground is, at most 1.
 
     A ray that is `gap` above the ground cannot meet it before it has come gap / (fall + steepest * way) further, where
@@ -78,8 +87,8 @@ def march(origin: np.ndarray, ray: np.ndarray, ground: np.ndarray, steepest: np.
 
     Args:
         origin, ray: (N, 3, P), m.
-        ground: (N, 293, 293), m.
-        steepest: (N,).
+        ground: (M, 293, 293), m.
+        fields, steepest: (N,).
 
     Returns:
         (N, P) multiples of the ray.
@@ -90,7 +99,7 @@ def march(origin: np.ndarray, ray: np.ndarray, ground: np.ndarray, steepest: np.
     z, dz = origin[:, 2].astype(np.float32), ray[:, 2].astype(np.float32)
     closing = np.hypot(dx, dy) * (steepest[:, None] * SPACING).astype(np.float32) - dz
     closing = np.maximum(closing, 1e-6)
-    first = (np.arange(len(ground), dtype=np.int32) * POINTS * POINTS)[:, None]  # of each row's field
+    first = (fields.astype(np.int32) * POINTS * POINTS)[:, None]  # of each robot's field
     flat = ground.reshape(-1)
 
     def gap_at(depth: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ def simplex_noise(x: np.ndarray, permutation: np.ndarray) -> np.ndarray:
         # `take` gathers three times as fast as an index
         hashed = permutation.take(permutation.take(permutation.take(permutation.take(i) + j) + k) + m)
         slope = (GRADIENTS.take(hashed & 31, axis=1) * d).sum(0)
-        noise += np.maximum(np.float32(0.6) - (d * d).sum(0), 0) ** 4 * slope
+        noise += np.square(np.square(np.maximum(np.float32(0.6) - (d * d).sum(0), 0))) * slope
     return 27 * noise
 
 

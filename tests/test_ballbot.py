@@ -269,7 +269,14 @@ def test_depth_equals_mujocos_rangefinder(size, elevation):
         depth = np.stack([data.sensor(f"depth_{k}").data.reshape(size, size) for k in range(2)])
         depth = np.where(depth < 0, 1, depth).clip(0, 1)  # -1: nothing there
         base, ball = vec.qpos[:, BASE], vec.qpos[:, BALL]
-        ours = cameras(base, ballbot.rotation_matrix(vec.qpos[:, QUATERNION]), ball, vec.ground, vec.steepest)
+        ours = cameras(
+            base,
+            ballbot.rotation_matrix(vec.qpos[:, QUATERNION]),
+            ball,
+            vec.ground,
+            np.arange(vec.num_envs),
+            vec.steepest,
+        )
         errors.append(np.abs(ours[0] - depth))
     assert np.mean(errors) < 1e-3
     assert np.mean(np.array(errors) > 0.01) < 0.005

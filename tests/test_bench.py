@@ -1,6 +1,7 @@
 """tools/bench.py: both sides train with the same settings, are measured alike, and the statistics are right."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,33 @@ def test_the_plain_loop_of_the_lateral_benchmark_drives_as_the_environment_does(
         lat = bench.plain_rollout(model, vec.road, segment)
         np.testing.assert_allclose(lat[100:499], vec.lat[segment, :399], atol=1e-9)
     assert len(lat) == 600
+
+
+def test_the_plain_loop_of_the_ballbot_benchmark_sees_what_the_environment_shows():
+    vec, seen = envs.make_vec("Ballbot-v0", 1, training=False), []
+
+    def policy(obs):
+        seen.append(obs[0].copy())
+        return np.array([[0.3, -0.2, 0.1]], np.float32)
+
+    vec.reset(seed=0)
+    bench.plain_ballbot(vec, vec.models[0], policy, 0.1)
+    twin = envs.make_vec("Ballbot-v0", 1, training=False)
+    obs, _ = twin.reset(seed=0)
+    for plain in seen[:100]:
+        np.testing.assert_allclose(plain[:15], obs[0, :15], atol=1e-6)
+        obs, *_ = twin.step(np.array([[0.3, -0.2, 0.1]], np.float32))
+
+
+def test_ballbots_are_measured_beside_the_plain_loop(capsys):
+    bench.bench_envs(bench.Envs(env_id="BallbotDepth-v0", policy="pid", num_envs=(2, 4), seconds=0.05, repeats=1))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:6]] == ["| simulations", "|---|---|---|", "| 2", "| 4"]
+    found = re.fullmatch(
+        r"steps/s: 4 robots ([\d,]+), one robot in a plain loop with RK4 ([\d,]+): ([\d.]+) times as many", lines[-1]
+    )
+    ours, theirs, ratio = (float(x.replace(",", "")) for x in found.groups())
+    assert ratio == pytest.approx(ours / theirs, abs=0.06)
 
 
 @pytest.mark.parametrize(
