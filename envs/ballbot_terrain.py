@@ -9,6 +9,7 @@ SIDE = 10.0  # m
 SPACING = SIDE / (POINTS - 1)
 FEATURE = 25  # points: length scale of the coarsest noise
 OCTAVES, PERSISTENCE, LACUNARITY = 4, 0.2, 2
+PARTS = 6  # in which a field is computed: what fits into the processor's cache takes two thirds of the time
 
 # Gustavson, "Simplex noise demystified" (2005): from the plain grid to the one of simplices, and back
 SKEW, UNSKEW = np.float32((5**0.5 - 1) / 4), np.float32((5 - 5**0.5) / 20)
@@ -57,7 +58,10 @@ def heights(seed: int) -> np.ndarray:
     plane = np.zeros((4, POINTS, POINTS))
     plane[0], plane[1] = line, line[:, None]
     plane = (plane.reshape(4, -1) + rng.uniform(0, 256, (4, 1))).astype(np.float32)
-    octaves = (PERSISTENCE**n * simplex_noise(plane * LACUNARITY**n, permutation) for n in range(OCTAVES))
-    ground = sum(octaves).reshape(POINTS, POINTS).astype(np.float32)
+    parts = []
+    for part in np.array_split(plane, PARTS, axis=1):
+        octaves = (PERSISTENCE**n * simplex_noise(part * LACUNARITY**n, permutation) for n in range(OCTAVES))
+        parts.append(sum(octaves))
+    ground = np.concatenate(parts).reshape(POINTS, POINTS).astype(np.float32)
     low, high = ground.min(), ground.max()
     return (ground - low) / (high - low)
