@@ -19,7 +19,7 @@ ASSET = Path(__file__).parent / "assets" / "ballbot.xml"
 TIMESTEP = 0.002  # s
 MAX_TORQUE = 10.0  # N m
 AZIMUTHS = np.radians([-102.7, 17.3, 137.3])  # of the wheels
-MAX_TILT = np.radians(20)
+MAX_TILT = 20.0  # degrees
 ALIVE_REWARD = 0.02  # of the published task, a step
 IMAGE_EVERY = 6  # steps between two depth images: 83.3 Hz
 TERRAINS = 10_000  # seeds of uneven ground in each split
@@ -125,6 +125,7 @@ class Ballbot(BatchEnv):
         alive_reward: of training only, instead of 0.02.
         fall_penalty: of training only, subtracted for a fall.
         speed_limit: of training only, m/s: what the robot drives faster is subtracted from its speed in the reward.
+        max_tilt: of training only, degrees: what counts as a fall. Below 20 the robot learns to keep a margin.
         threads: CPU threads of the simulator; the result does not depend on it.
 
     Raises:
@@ -148,6 +149,7 @@ class Ballbot(BatchEnv):
         alive_reward: float = ALIVE_REWARD,
         fall_penalty: float = 0.0,
         speed_limit: float | None = None,
+        max_tilt: float = MAX_TILT,
         threads: int = 1,
     ):
         if not 0 <= terrain_height <= 1:
@@ -156,6 +158,8 @@ class Ballbot(BatchEnv):
             raise ValueError(f"max_episode_steps must be at least 1, not {max_episode_steps}")
         if action_repeat < 1 or max_episode_steps % action_repeat:
             raise ValueError(f"action_repeat must divide max_episode_steps {max_episode_steps}, not {action_repeat}")
+        if not 0 < max_tilt <= 90:
+            raise ValueError(f"max_tilt must be above 0 and at most 90 degrees, not {max_tilt}")
         if threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
         observation_space = gym.spaces.Box(OBS_LOW, OBS_HIGH, dtype=np.float32)
@@ -166,6 +170,7 @@ class Ballbot(BatchEnv):
         self.alive_reward = alive_reward if training else ALIVE_REWARD
         self.fall_penalty = fall_penalty if training else 0.0
         self.speed_limit = speed_limit if training and speed_limit is not None else np.inf
+        self.lowest = np.cos(np.radians(max_tilt if training else MAX_TILT))  # cosine of a lean that is a fall
 
         spec = mujoco.MjSpec.from_file(str(ASSET))
         self.elevation = terrain_height if self.uneven else 0.0
@@ -214,7 +219,7 @@ class Ballbot(BatchEnv):
         for _ in range(self.action_repeat):
             self.batch.step()
             self.qpos[:, DRIVES] = 0  # see the asset
-            going, upright = ~fallen, self._upright() > np.cos(MAX_TILT)
+            going, upright = ~fallen, self._upright() > self.lowest
             forward = self.qvel[:, VELOCITY][:, :2] @ self.goal
             paid = np.minimum(forward, 2 * self.speed_limit - forward) / 100
             reward += going * (paid - effort + np.where(upright, self.alive_reward, -self.fall_penalty))

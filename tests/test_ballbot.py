@@ -111,7 +111,7 @@ def simulate(model, data, policy, steps):
                     rows.append((step, force[0], friction @ drive.xaxis, friction @ rim))
         for drive in drives:
             drive.qpos[0] = 0
-        if ballbot.rotation_matrix(data.qpos[None, QUATERNION])[0, 2, 2] < np.cos(MAX_TILT):
+        if ballbot.rotation_matrix(data.qpos[None, QUATERNION])[0, 2, 2] < np.cos(np.radians(MAX_TILT)):
             return step, np.array(rows)
     return steps, np.array(rows)
 
@@ -319,6 +319,33 @@ def test_the_reward_is_the_published_one():
         expected = vec.qvel[:, 1] / 100 - 1e-4 * np.square(action).sum(1) + 0.02
         np.testing.assert_allclose(reward, expected, rtol=1e-6)
     assert np.abs(vec.qvel[:, 1]).min() > 1e-5
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_driven_too_fast_is_subtracted_in_training_only(training):
+    vec = Ballbot(1, training=training, speed_limit=0.02)
+    vec.reset(seed=0)
+    speeds = []
+    for _ in range(130):
+        _, reward, _, _, _ = vec.step(np.array([[0.0, -0.35, 0.35]], np.float32))
+        speeds.append(vec.qvel[0, 1])
+        too_fast = max(speeds[-1] - 0.02, 0) if training else 0
+        assert reward[0] == pytest.approx((speeds[-1] - 2 * too_fast) / 100 - 0.245e-4 + 0.02, rel=1e-5)
+    assert min(speeds) < 0
+    assert max(speeds) > 0.03
+
+
+@pytest.mark.parametrize(("training", "limit"), [(True, 10), (False, 20)])
+def test_a_smaller_lean_may_count_as_a_fall_in_training_only(training, limit):
+    vec = Ballbot(1, training=training, max_tilt=10.0)
+    obs, _ = vec.reset(seed=0)
+    for _ in range(1000):
+        before = np.degrees(np.linalg.norm(obs[0, :2]))
+        obs, _, terminated, _, info = vec.step(still(1))
+        if terminated[0]:
+            break
+    assert before < limit + 0.1
+    assert np.degrees(np.linalg.norm(info["final_obs"][0, :2])) == pytest.approx(limit, abs=0.5)
 
 
 def test_the_goal_turns():
@@ -552,6 +579,7 @@ def test_frozen_means_frozen(tmp_path):
         ("Ballbot-v0", {"action_repeat": 3}, "must divide max_episode_steps"),
         ("Ballbot-v0", {"action_repeat": 0}, "action_repeat"),
         ("Ballbot-v0", {"max_episode_steps": 0}, "max_episode_steps"),
+        ("Ballbot-v0", {"max_tilt": 0.0}, "max_tilt"),
         ("Ballbot-v0", {"depth_size": 16}, "no argument 'depth_size'"),
         ("BallbotDepth-v0", {"depth_size": 0}, "depth_size"),
         ("BallbotDepth-v0", {"speed": 1}, "no argument 'speed'"),

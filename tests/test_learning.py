@@ -1,4 +1,4 @@
-"""PPO learns: a point that must come home, in seconds; and, marked slow, the arm at full length."""
+"""PPO learns: a point that must come home, in seconds; and, marked slow, the arm, the car and the ballbot."""
 
 import gymnasium as gym
 import numpy as np
@@ -112,3 +112,16 @@ def test_steering_from_scratch_costs_less_than_half_of_pid(tmp_path, seed):
     pid = ppo_continuous.evaluate(ppo_continuous.Args.tuned(evaluate="pid"))
     assert 95 <= pid["metrics"]["total_cost"] <= 115
     assert learned["metrics"]["total_cost"] <= 0.45 * pid["metrics"]["total_cost"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_ballbot_stands_and_drives_on_ground_that_it_never_met(tmp_path, seed):
+    """Standing still for all 8 s returns 80, random actions 8. The tuned row, cut short to a million steps."""
+    args = ppo_continuous.Args.tuned("Ballbot-v0", seed=seed, total_timesteps=1_000_000, run_root=str(tmp_path))
+    run_folder = ppo_continuous.train(args)["run"]
+    measured = ppo_continuous.Args.tuned("Ballbot-v0", evaluate=run_folder, eval_seed=31)
+    result = ppo_continuous.evaluate(measured)
+    assert result["success_rate"] >= 0.95
+    assert result["mean_return"] >= 84
+    assert result["metrics"]["distance"] >= 0.8  # m towards the goal

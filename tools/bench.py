@@ -447,7 +447,7 @@ def plain_ballbot(vec: ballbot.Ballbot, model: mujoco.MjModel, policy: rollout.P
         data.qpos[ballbot.DRIVES] = 0
         upright = ballbot.rotation_matrix(data.qpos[None, ballbot.QUATERNION])[0, 2, 2]
         reward = data.qvel[1] / 100 - 1e-4 * np.square(action).sum() + ballbot.ALIVE_REWARD
-        if upright < np.cos(ballbot.MAX_TILT) or not np.isfinite(reward):
+        if upright < np.cos(np.radians(ballbot.MAX_TILT)) or not np.isfinite(reward):
             mujoco.mj_resetData(model, data)
             data.qpos[:] = start
         steps += 1
