@@ -146,7 +146,7 @@ class Args:
 # {environment: settings that differ from the defaults above}; --env-id X --help shows the values in force.
 CLEANRL = {"num_envs": 1, "num_steps": 2048}  # one environment, as CleanRL's published runs
 # Four steps an action; standing earns a tenth of the published reward, as much as driving at 0.2 m/s; a fall costs; and
-# what is driven faster than 0.3 m/s is paid for no more, since the wheels can then brake no longer down a slope
+# more than 0.3 m/s pays less, since a robot near the top speed of its wheels cannot brake any more
 BALLBOT = {
     "env_kwargs": {"action_repeat": 4, "alive_reward": 0.002, "fall_penalty": 2.0, "speed_limit": 0.3},
     "total_timesteps": 1_500_000, "num_envs": 32, "num_steps": 128, "minibatch_size": 256, "gamma": 0.998,

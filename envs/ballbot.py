@@ -25,6 +25,7 @@ IMAGE_EVERY = 6  # steps between two depth images: 83.3 Hz
 TERRAINS = 10_000  # seeds of uneven ground in each split
 DROP = 0.03  # m: the ball starts so far above the highest ground under it ...
 UNDER_BALL = round(BALL_RADIUS / SPACING)  # points: ... which is what lies no further than this from the middle
+LONGEST = 5000  # steps: with its wheels at full speed the robot is then still on its ground, of 10 m x 10 m
 DRIVING_LEAN = 0.02  # rad: what pid-drive keeps
 
 # qpos: base position 3, quaternion 4; drive and slip of three wheels; ball position 3, quaternion 4
@@ -61,7 +62,7 @@ class PID:
     u = kp error + ki sum of error dt + kd rate, for roll and for pitch; the wheel at azimuth t gets
     u_roll cos(t) + u_pitch sin(t). With a set-point it leans that way, and so drives there.
 
-    Twice the published gains, with which it stands on eight of ten uneven grounds instead of four.
+    Twice the published gains, with which it stands on about eight of ten uneven grounds instead of three or four.
 
     Observations (N, 16 or more) -> actions (N, 3).
 
@@ -124,7 +125,7 @@ class Ballbot(BatchEnv):
         action_repeat: steps that an action lasts.
         alive_reward: of training only, instead of 0.02.
         fall_penalty: of training only, subtracted for a fall.
-        speed_limit: of training only, m/s: what the robot drives faster is subtracted from its speed in the reward.
+        speed_limit: of training only, m/s: the reward has 2 speed_limit - speed for what is faster, so more pays less.
         max_tilt: of training only, degrees: what counts as a fall. Below 20 the robot learns to keep a margin.
         threads: CPU threads of the simulator; the result does not depend on it.
 
@@ -132,7 +133,6 @@ class Ballbot(BatchEnv):
         ValueError: a value out of its range.
     """
 
-    metadata: ClassVar = {**BatchEnv.metadata, "render_fps": 50}
     controllers: ClassVar = {"pid": PID, "pid-drive": partial(PID, lean=DRIVING_LEAN)}
 
     def __init__(
@@ -152,12 +152,16 @@ class Ballbot(BatchEnv):
         max_tilt: float = MAX_TILT,
         threads: int = 1,
     ):
-        if not 0 <= terrain_height <= 1:
-            raise ValueError(f"terrain_height must be between 0 and 1 m, not {terrain_height}")
-        if max_episode_steps < 1:
-            raise ValueError(f"max_episode_steps must be at least 1, not {max_episode_steps}")
+        if terrain_height != 0 and not 1e-3 <= terrain_height <= 1:  # MuJoCo refuses a height field without any height
+            raise ValueError(f"terrain_height must be 0, or between 0.001 and 1 m, not {terrain_height}")
+        if not 1 <= max_episode_steps <= LONGEST:
+            raise ValueError(f"max_episode_steps must be between 1 and {LONGEST}, not {max_episode_steps}: ground ends")
         if action_repeat < 1 or max_episode_steps % action_repeat:
             raise ValueError(f"action_repeat must divide max_episode_steps {max_episode_steps}, not {action_repeat}")
+        if not (np.isfinite([alive_reward, goal_direction]).all() and 0 <= fall_penalty < np.inf):
+            raise ValueError("alive_reward and goal_direction must be finite, and fall_penalty 0 or more")
+        if speed_limit is not None and not speed_limit > 0:
+            raise ValueError(f"speed_limit must be above 0 m/s, not {speed_limit}")
         if not 0 < max_tilt <= 90:
             raise ValueError(f"max_tilt must be above 0 and at most 90 degrees, not {max_tilt}")
         if threads < 1:
@@ -165,7 +169,7 @@ class Ballbot(BatchEnv):
         observation_space = gym.spaces.Box(OBS_LOW, OBS_HIGH, dtype=np.float32)
         action_space = gym.spaces.Box(-1, 1, (3,), np.float32)
         super().__init__(num_envs, observation_space, action_space, max_episode_steps, training, split, render_mode)
-        self.uneven, self.action_repeat = terrain == "perlin", action_repeat
+        self.uneven, self.action_repeat = terrain == "perlin" and terrain_height > 0, action_repeat
         self.goal = np.array([np.cos(np.radians(goal_direction)), np.sin(np.radians(goal_direction))])
         self.alive_reward = alive_reward if training else ALIVE_REWARD
         self.fall_penalty = fall_penalty if training else 0.0
@@ -174,7 +178,7 @@ class Ballbot(BatchEnv):
 
         spec = mujoco.MjSpec.from_file(str(ASSET))
         self.elevation = terrain_height if self.uneven else 0.0
-        spec.hfield("terrain").size[2] = max(self.elevation, 1e-3)  # MuJoCo refuses 0
+        spec.hfield("terrain").size[2] = self.elevation or 1e-3
         self.models = [spec.compile() for _ in range(num_envs)]  # one each: a height field belongs to a model
         self.batch = Batch(self.models[0], num_envs, threads)
         self.batch.set_models(self.models)
@@ -185,6 +189,7 @@ class Ballbot(BatchEnv):
         self.steps = np.zeros(num_envs, np.int64)  # of the episode
         self.action = np.zeros((num_envs, 3))
         self.distance = np.zeros(num_envs)  # m towards the goal
+        self.metadata = {**self.metadata, "render_fps": 1 / (TIMESTEP * action_repeat)}
         self.view = View("chase", self.metadata["render_fps"])
 
     def start(self, rows: np.ndarray) -> None:
@@ -222,8 +227,9 @@ class Ballbot(BatchEnv):
             going, upright = ~fallen, self._upright() > self.lowest
             forward = self.qvel[:, VELOCITY][:, :2] @ self.goal
             paid = np.minimum(forward, 2 * self.speed_limit - forward) / 100
-            reward += going * (paid - effort + np.where(upright, self.alive_reward, -self.fall_penalty))
-            self.distance += going * forward * TIMESTEP
+            step_reward = paid - effort + np.where(upright, self.alive_reward, -self.fall_penalty)
+            reward += np.where(going, step_reward, 0)
+            self.distance += np.where(going, forward * TIMESTEP, 0)
             self.steps_made += going
             fallen |= ~upright
             self.steps += 1
@@ -263,7 +269,7 @@ class Ballbot(BatchEnv):
     def load_state_dict(self, state: dict) -> np.ndarray:
         before = self.terrain_seed.copy()
         super().load_state_dict(state)
-        for i in np.flatnonzero(self.terrain_seed != before):
+        for i in np.flatnonzero((self.terrain_seed != before) & (self.terrain_seed >= 0)):
             self._lay_ground(i)
         return self.observe(np.arange(self.num_envs))
 

@@ -49,8 +49,8 @@ def simplex_noise(x: np.ndarray, permutation: np.ndarray) -> np.ndarray:
 def heights(seed: int) -> np.ndarray:
     """Uneven ground, (293, 293) float32 from 0 to 1; rows run along y, columns along x.
 
-    Four octaves on a plane through four-dimensional noise. The published ground is one too, as its noise comes from a
-    function that closes upon itself; a plane through two-dimensional noise would be nearly twice as steep.
+    Four octaves on a plane through four-dimensional noise. The published ground is such a plane as well, as its
+    noise function is periodic, which takes four dimensions; two-dimensional noise would be half as steep again.
     """
     rng = np.random.default_rng(seed)
     permutation = np.tile(rng.permutation(256), 3).astype(np.int32)

@@ -24,8 +24,8 @@ from envs.run import (
     load_checkpoint,
     load_policy,
     read_json,
+    require_same_files,
     run_folder,
-    sha256,
 )
 
 # Settings that may differ between a run and its continuation
@@ -265,7 +265,5 @@ def load_to_resume(args: Any, last_step: int, kind: str) -> dict | None:
     if checkpoint["step"] > last_step or (checkpoint["step"] == last_step and completed):
         done = f"{args.resume} is complete at {checkpoint['step']:,} steps"
         raise UserError(f"{done}; give a larger --total-timesteps to go on")
-    for path, parent in read_json(folder / "config.json").get("parents", {}).items():
-        if path.endswith(".onnx") and Path(path).is_file() and sha256(path) != parent["sha256"]:
-            raise UserError(f"{path} is no longer the file that {args.resume} was trained on; put it back")
+    require_same_files(args.resume, before.env_kwargs)
     return checkpoint

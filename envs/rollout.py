@@ -1,6 +1,7 @@
 """Play a policy and measure it: evaluation, comparison, video. And policies to play: scripted, ONNX, blends."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -12,7 +13,16 @@ import torch
 from torch import nn
 
 import envs
-from envs.run import MEANING, UserError, is_policy_path, policy_file, sha256, video_path, write_json
+from envs.run import (
+    MEANING,
+    UserError,
+    is_policy_path,
+    policy_file,
+    require_same_files,
+    sha256,
+    video_path,
+    write_json,
+)
 
 # Batched observations (N, ...) -> actions (N, A). A policy with state also has reset(rows, vec), called as episodes
 # begin in these rows of the vector environment. One that needs other arguments of the environment than a learned
@@ -126,6 +136,9 @@ def evaluate(policy: Policy, args: Any, split: str = "test", video: Path | None 
     return {**about, **summarize(results)}
 
 
+FASTEST_FILM = 60  # frames a second: of faster environments it leaves frames out
+
+
 class Film:
     """Records row 0 until its first episode ends."""
 
@@ -133,16 +146,20 @@ class Film:
         from moviepy import ImageSequenceClip
 
         self.vec, self.path, self.clip, self.frames = vec, path, ImageSequenceClip, []
+        fps = vec.metadata.get("render_fps", 30)
+        self.every, self.calls = math.ceil(fps / FASTEST_FILM), 0
+        self.fps = fps / self.every
 
     def __call__(self, playing: np.ndarray, reward: np.ndarray, done: np.ndarray) -> None:
         if self.frames is None:
             return
         if not done[0]:  # at the end of an episode the row already shows the next one
-            self.frames.append(self.vec.render())
+            if self.calls % self.every == 0:
+                self.frames.append(self.vec.render())
+            self.calls += 1
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fps = self.vec.metadata.get("render_fps", 30)
-        self.clip(self.frames, fps=fps).write_videofile(str(self.path), logger=None)
+        self.clip(self.frames, fps=self.fps).write_videofile(str(self.path), logger=None)
         print(f"recorded {self.path}", file=sys.stderr)
         self.frames = None
 
@@ -205,6 +222,8 @@ def measure(policy: Policy, base_policy: Policy | None, args: Any) -> dict:
     if args.json is not None and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
         raise UserError(f"--json {args.json}: no file can be written there; give a file's name in an existing folder")
     learned = is_policy_path(args.evaluate)
+    if learned:
+        require_same_files(args.evaluate, args.env_kwargs)
     file = {"sha256": sha256(policy_file(args.evaluate))} if learned else {}
     result = {"policy": args.evaluate, **file, **evaluate(policy, args, "test", video_path(args))}
     if compare_base:

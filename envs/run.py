@@ -620,6 +620,16 @@ def parents(args: Any) -> dict[str, dict]:
     }
 
 
+def require_same_files(source: str, env_kwargs: dict) -> None:
+    """Raises UserError if a base policy, or a file among the environment's arguments, is another than in the run of
+    `source`, a policy file or a run."""
+    config = run_folder(source) / "config.json"
+    for path, parent in (read_json(config) if config.exists() else {}).get("parents", {}).items():
+        used = path.endswith(".onnx") or path in env_kwargs.values()
+        if used and Path(path).is_file() and sha256(path) != parent["sha256"]:
+            raise UserError(f"{path} is no longer the file that {source} was trained with; put it back")
+
+
 def dataset_file(args: Any) -> Path:
     """Where the demonstrations named args.dataset lie; the manifest beside them ends in .json."""
     return Path(args.run_root) / "datasets" / f"{args.dataset}.npz"

@@ -1,5 +1,6 @@
 """Draws a simulation with MuJoCo: as images, or in a window."""
 
+import math
 import threading
 import time
 import warnings
@@ -9,17 +10,21 @@ import numpy as np
 
 from envs.run import UserError
 
+FASTEST_WINDOW = 60  # frames a second
+
 
 class View:
     """What render() of our MuJoCo environments shows, opened when it is first needed.
 
     Args:
         camera: name of the model's camera that takes the images.
-        fps: pace of the window, in calls a second.
+        fps: pace of the window, in calls a second; a window draws no more than 60 of them.
     """
 
     def __init__(self, camera: str, fps: float):
-        self.camera, self.fps = camera, fps
+        self.camera = camera
+        self.every, self.calls = math.ceil(fps / FASTEST_WINDOW), 0
+        self.fps = fps / self.every
         self.renderer = self.viewer = None
         self.stale = False
 
@@ -48,6 +53,9 @@ class View:
         Raises:
             UserError: there is no display.
         """
+        self.calls += 1
+        if self.calls % self.every:
+            return
         if self.viewer is None:
             self.viewed = data
             self._open(model)

@@ -87,6 +87,11 @@ def test_the_decoder_mirrors_the_encoder(size):
     assert autoencoder.encoder(image).shape == (3, 20)
 
 
+def test_a_last_batch_of_one_image_is_left_out(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        assert train(Args(epochs=1, batch_size=8), blobs(17), blobs(4, 1), writer)[1] > 0
+
+
 def tool(*flags):
     return subprocess.run([sys.executable, str(TOOL), *map(str, flags)], capture_output=True, text=True)
 
@@ -109,14 +114,17 @@ def test_from_the_command_line_to_the_environment(tmp_path):
     ("flags", "message"),
     [
         (["--frames", 0], "--frames must be at least 1, not 0"),
+        (["--batch-size", 1], "--batch-size must be at least 2"),
+        (["--learning-rate", 0], "--learning-rate must be above 0"),
+        (["--output", "encoder"], "must be a file that ends in .pt"),
         (["--num-envs", 4], "--num-envs must be at least 5"),
         (["--depth-size", 10], "--depth-size must be a multiple of 4, not 10"),
-        (["--policy", "nobody"], "nobody"),
+        (["--policy", "nobody"], "must be random, pid, pid-drive or PATH.onnx, not nobody"),
         (["--policy", "missing.onnx"], "missing.onnx"),
     ],
 )
 def test_mistakes_are_explained_in_one_line(flags, message, tmp_path):
-    done = tool("--output", tmp_path / "encoder.pt", *flags)
+    done = tool(*([] if "--output" in flags else ["--output", tmp_path / "encoder.pt"]), *flags)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import envs
-from envs.ballbot import IMAGE_EVERY, OBS_HIGH
+from envs.ballbot import IMAGE_EVERY, OBS_HIGH, Ballbot
 from envs.ballbot_depth import CODE, DepthEncoder, save_encoder
 from envs.command import command_line
 from envs.rollout import Policy, scripted
@@ -50,7 +50,7 @@ class Args:
     """robots that drive at a time"""
     seed: int = 1
     """seed of the episodes, the actions and the networks"""
-    epochs: int = 100
+    epochs: int = 20
     """most passes over the images"""
     patience: int = 10
     """stop after so many epochs without a better validation error"""
@@ -81,6 +81,8 @@ def make_policy(args: Args) -> Policy:
     """What drives. It sees the 16 numbers of Ballbot-v0, not the images."""
     if args.policy == "random":
         return RandomActions(args.seed)
+    if args.policy not in Ballbot.controllers and not args.policy.endswith(".onnx"):
+        raise UserError(f"--policy must be random, {', '.join(Ballbot.controllers)} or PATH.onnx, not {args.policy}")
     return scripted(args.policy, envs.make_vec("Ballbot-v0", 1))
 
 
@@ -144,6 +146,8 @@ def train(args: Args, training: Tensor, validation: Tensor, writer: SummaryWrite
         autoencoder.train()
         total = 0.0
         for batch in training[torch.randperm(len(training))].split(args.batch_size):
+            if len(batch) == 1:  # has no variance to normalise by
+                continue
             optimizer.zero_grad()
             loss = (autoencoder(batch) - batch).square().mean()
             loss.backward()
@@ -173,6 +177,12 @@ def main() -> None:
         for name in ("frames", "num_envs", "epochs", "patience", "batch_size", "threads"):
             if getattr(args, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+        if args.batch_size < 2:
+            raise UserError("--batch-size must be at least 2, which batch normalisation needs")
+        if not args.learning_rate > 0:
+            raise UserError(f"--learning-rate must be above 0, not {args.learning_rate}")
+        if path.suffix != ".pt" or path.is_dir():
+            raise UserError(f"--output must be a file that ends in .pt, not {path}")
         if args.num_envs < 5:
             raise UserError("--num-envs must be at least 5, of which 4 train and 1 validates")
         if args.depth_size < 4 or args.depth_size % 4:
@@ -187,7 +197,9 @@ def main() -> None:
         with SummaryWriter(path.with_suffix("")) as writer:
             autoencoder, error = train(args, training, validation, writer)
         mean = (validation - training.mean(0)).square().mean().sqrt().item()
-        save_encoder(path, autoencoder.encoder, rmse=error, rmse_of_mean_image=mean, frames=args.frames, seed=args.seed)
+        save_encoder(
+            path, autoencoder.encoder, rmse=error, rmse_of_mean_image=mean, frames=len(training) + len(validation)
+        )
         took = time.perf_counter() - begin
         print(
             f"{path}: RMSE {1000 * error:.1f} mm on images of other episodes; the mean image has {1000 * mean:.1f} mm"
