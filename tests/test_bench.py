@@ -194,7 +194,7 @@ def test_the_plain_loop_of_the_ballbot_benchmark_sees_what_the_environment_shows
 
 
 def test_ballbots_are_measured_beside_the_plain_loop(capsys):
-    bench.bench_envs(bench.Envs(env_id="BallbotDepth-v0", policy="pid", num_envs=(2, 4), seconds=0.05, repeats=1))
+    bench.bench_envs(bench.Envs(env_id="Ballbot-v0", policy="pid", num_envs=(2, 4), seconds=0.05, repeats=1))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines[2:6]] == ["| simulations", "|---|---|---|", "| 2", "| 4"]
     found = re.fullmatch(

@@ -6,7 +6,7 @@
     python tools/bench.py envs --threads 2 --policy runs/<run>
     python tools/bench.py envs --env-id LateralControl-v0 --policy zero --num-envs 1 8 64 128
         [--env-kwargs model_path tinyphysics.onnx data_path segments]      beside a plain loop as the official one
-    python tools/bench.py envs --env-id BallbotDepth-v0 --policy zero      beside a plain loop as the published one
+    python tools/bench.py envs --env-id Ballbot-v0 --policy pid            beside a plain loop as the published one
     python tools/bench.py memory                     resident memory of a training run
 
 Both sides of `ppo` run with SETTINGS below (pip install -e ".[bench]" brings Stable-Baselines3). Compare CPU time where
@@ -403,14 +403,14 @@ def bench_envs(args: Envs) -> None:
         print(f"| {num_envs} | {rates[0]:,.0f} | {rates[1]:,.0f} |", flush=True)
     if args.env_id.removeprefix("envs:") == "LateralControl-v0":
         bench_lateral(args)
-    if isinstance(envs.make_vec(args.env_id, 1, **args.env_kwargs), ballbot.Ballbot):
+    if args.env_id.removeprefix("envs:") == "Ballbot-v0":
         bench_ballbot(args)
 
 
 def bench_ballbot(args: Envs) -> None:
     """A plain loop over one robot, as the published environment steps (RK4, observation and reward in Python), beside
     the largest batch."""
-    vec = envs.make_vec(args.env_id, 1, training=True, **args.env_kwargs)
+    vec = envs.make_vec(args.env_id, 1, training=True, **{**args.env_kwargs, "action_repeat": 1})
     model = vec.models[0]
     model.opt.integrator = mujoco.mjtIntegrator.mjINT_RK4
     policy, plain, batched = make_policy(args.policy, vec), [], []
@@ -450,6 +450,8 @@ def plain_ballbot(vec: ballbot.Ballbot, model: mujoco.MjModel, policy: rollout.P
         if upright < np.cos(np.radians(ballbot.MAX_TILT)) or not np.isfinite(reward):
             mujoco.mj_resetData(model, data)
             data.qpos[:] = start
+            if hasattr(policy, "reset"):
+                policy.reset(np.arange(1), vec)
         steps += 1
         spent += time.perf_counter() - begin
     return steps / spent
