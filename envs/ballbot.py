@@ -189,6 +189,7 @@ class Ballbot(BatchEnv):
         self.steps = np.zeros(num_envs, np.int64)  # of the episode
         self.action = np.zeros((num_envs, 3))
         self.distance = np.zeros(num_envs)  # m towards the goal
+        self.exposed = self.qpos.copy()  # where everything was when the newest images were taken
         self.metadata = {**self.metadata, "render_fps": 1 / (TIMESTEP * action_repeat)}
         self.view = View("chase", self.metadata["render_fps"])
 
@@ -203,6 +204,7 @@ class Ballbot(BatchEnv):
         self.qpos[rows, BALL_Z] += lift
         self.qpos[rows, BASE_Z] += lift
         self.steps[rows], self.action[rows], self.distance[rows] = 0, 0, 0
+        self.exposed[rows] = self.qpos[rows]
         self.look(rows)
 
     def _lay_ground(self, i: int) -> None:
@@ -221,6 +223,7 @@ class Ballbot(BatchEnv):
         effort = 1e-4 * np.square(self.action).sum(1)
         reward, fallen = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
         self.steps_made = np.zeros(self.num_envs, np.int64)  # until a fall, after which the row only waits for the rest
+        exposed = np.zeros(self.num_envs, bool)
         for _ in range(self.action_repeat):
             self.batch.step()
             self.qpos[:, DRIVES] = 0  # see the asset
@@ -233,7 +236,10 @@ class Ballbot(BatchEnv):
             self.steps_made += going
             fallen |= ~upright
             self.steps += 1
-            self.look(np.flatnonzero(self.steps % IMAGE_EVERY == 0))
+            due = self.steps % IMAGE_EVERY == 0
+            self.exposed[due] = self.qpos[due]
+            exposed |= due
+        self.look(np.flatnonzero(exposed))
         standing = ~fallen & (self.episode_length + self.action_repeat >= self.max_episode_steps)
         return reward, fallen, {"is_success": standing, "is_failure": fallen, "distance": self.distance.copy()}
 
@@ -243,7 +249,7 @@ class Ballbot(BatchEnv):
         return 1 - 2 * (x * x + y * y)
 
     def look(self, rows: np.ndarray) -> None:
-        """Takes depth images in these rows; this robot has no cameras."""
+        """Draws the newest depth images of these rows; this robot has no cameras."""
 
     def observe(self, rows: np.ndarray) -> np.ndarray:
         qvel = self.qvel[rows]
@@ -318,8 +324,8 @@ class BallbotDepth(Ballbot):
     def look(self, rows: np.ndarray) -> None:
         if len(rows) == 0:
             return
-        position, ball = self.qpos[rows, BASE], self.qpos[rows, BALL]
-        rotation = rotation_matrix(self.qpos[rows, QUATERNION])
+        qpos = self.exposed[rows]
+        position, ball, rotation = qpos[:, BASE], qpos[:, BALL], rotation_matrix(qpos[:, QUATERNION])
         images = self.cameras(position, rotation, ball, self.ground, rows, self.steepest[rows])
         self.features[rows] = images.reshape(len(rows), -1) if self.encoder is None else self.encoder(images)
 
