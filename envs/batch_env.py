@@ -11,6 +11,7 @@ from gymnasium.vector.utils import batch_space, create_empty_array
 
 from envs.run import UserError
 
+FASTEST_FILM = 60  # frames a second: of faster environments, films and windows leave frames out
 SPLITS = ("train", "validation", "test")
 Array = np.ndarray | torch.Tensor
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import envs
+from envs.batch_env import FASTEST_FILM
 from envs.run import (
     MEANING,
     UserError,
@@ -134,9 +135,6 @@ def evaluate(policy: Policy, args: Any, split: str = "test", video: Path | None 
         vec.close()
     about = {"env_id": args.env_id, "env_kwargs": played, "episodes": len(results), "seed": args.eval_seed}
     return {**about, **summarize(results)}
-
-
-FASTEST_FILM = 60  # frames a second: of faster environments it leaves frames out
 
 
 class Film:

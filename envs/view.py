@@ -8,9 +8,8 @@ import warnings
 import mujoco
 import numpy as np
 
+from envs.batch_env import FASTEST_FILM
 from envs.run import UserError
-
-FASTEST_WINDOW = 60  # frames a second
 
 
 class View:
@@ -23,7 +22,7 @@ class View:
 
     def __init__(self, camera: str, fps: float):
         self.camera = camera
-        self.every, self.calls = math.ceil(fps / FASTEST_WINDOW), 0
+        self.every, self.calls = math.ceil(fps / FASTEST_FILM), 0
         self.fps = fps / self.every
         self.renderer = self.viewer = None
         self.stale = False

@@ -338,6 +338,19 @@ def test_what_is_driven_too_fast_is_subtracted_in_training_only(training):
     assert max(speeds) > 0.03
 
 
+def test_what_happens_after_a_fall_in_the_same_call_does_not_count():
+    ended = []
+    for repeat in (1, 50):
+        vec = Ballbot(1, training=False, action_repeat=repeat)
+        vec.reset(seed=0)
+        terminated = [False]
+        while not terminated[0]:
+            _, _, terminated, _, info = vec.step(still(1))
+        ended.append((info["distance"][0], info["episode"]["l"][0], info["episode"]["r"][0]))
+    assert ended[0][1] % 50  # it fell in the middle of a call
+    assert ended[1] == pytest.approx(ended[0], rel=1e-6)
+
+
 @pytest.mark.parametrize(("training", "limit"), [(True, 10), (False, 20)])
 def test_a_smaller_lean_may_count_as_a_fall_in_training_only(training, limit):
     vec = Ballbot(1, training=training, max_tilt=10.0)
@@ -586,7 +599,7 @@ def test_frozen_means_frozen(tmp_path):
         ("Ballbot-v0", {"terrain_height": 0.0001}, "terrain_height"),
         ("Ballbot-v0", {"max_tilt": 0.0}, "max_tilt"),
         ("Ballbot-v0", {"speed_limit": -1.0}, "speed_limit"),
-        ("Ballbot-v0", {"fall_penalty": -1.0}, "fall_penalty 0 or more"),
+        ("Ballbot-v0", {"fall_penalty": -1.0}, "fall_penalty must be 0 or more, not -1"),
         ("Ballbot-v0", {"depth_size": 16}, "no argument 'depth_size'"),
         ("BallbotDepth-v0", {"depth_size": 0}, "depth_size"),
         ("BallbotDepth-v0", {"speed": 1}, "no argument 'speed'"),

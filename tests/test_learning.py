@@ -117,7 +117,7 @@ def test_steering_from_scratch_costs_less_than_half_of_pid(tmp_path, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_ballbot_stands_and_drives_on_ground_that_it_never_met(tmp_path, seed):
-    """Standing still for all 8 s returns 80, random actions 8. The tuned row, cut short to a million steps."""
+    """Standing still for all 8 s returns 80, random actions about 7. The tuned row, cut short to a million steps."""
     args = ppo_continuous.Args.tuned("Ballbot-v0", seed=seed, total_timesteps=1_000_000, run_root=str(tmp_path))
     run_folder = ppo_continuous.train(args)["run"]
     measured = ppo_continuous.Args.tuned("Ballbot-v0", evaluate=run_folder, eval_seed=31)

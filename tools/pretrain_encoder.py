@@ -197,9 +197,8 @@ def main() -> None:
         with SummaryWriter(path.with_suffix("")) as writer:
             autoencoder, error = train(args, training, validation, writer)
         mean = (validation - training.mean(0)).square().mean().sqrt().item()
-        save_encoder(
-            path, autoencoder.encoder, rmse=error, rmse_of_mean_image=mean, frames=len(training) + len(validation)
-        )
+        about = {"rmse": error, "rmse_of_mean_image": mean, "frames": len(training) + len(validation)}
+        save_encoder(path, autoencoder.encoder, **about, seed=args.seed)
         took = time.perf_counter() - begin
         print(
             f"{path}: RMSE {1000 * error:.1f} mm on images of other episodes; the mean image has {1000 * mean:.1f} mm"
