@@ -98,6 +98,34 @@ class PID:
         return command.clip(-1, 1).astype(np.float32)
 
 
+def check(terrain_height: float, max_episode_steps: int, action_repeat: int, threads: int) -> None:
+    """Raises ValueError for a value out of its range."""
+    if terrain_height != 0 and not 1e-3 <= terrain_height <= 1:  # MuJoCo refuses a height field without any height
+        raise ValueError(f"terrain_height must be 0, or between 0.001 and 1 m, not {terrain_height}")
+    if not 1 <= max_episode_steps <= LONGEST:
+        where = f"between 1 and {LONGEST}, after which the ground could end"
+        raise ValueError(f"max_episode_steps must be {where}, not {max_episode_steps}")
+    if action_repeat < 1 or max_episode_steps % action_repeat:
+        raise ValueError(f"action_repeat must divide max_episode_steps {max_episode_steps}, not {action_repeat}")
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+
+
+def check_shaping(
+    goal_direction: float, alive_reward: float, fall_penalty: float, speed_limit: float | None, max_tilt: float
+) -> None:
+    """Raises ValueError for a value out of its range."""
+    for name, value in (("alive_reward", alive_reward), ("goal_direction", goal_direction)):
+        if not np.isfinite(value):
+            raise ValueError(f"{name} must be finite, not {value}")
+    if not 0 <= fall_penalty < np.inf:
+        raise ValueError(f"fall_penalty must be 0 or more, not {fall_penalty}")
+    if speed_limit is not None and not speed_limit > 0:
+        raise ValueError(f"speed_limit must be above 0 m/s, not {speed_limit}")
+    if not 0 < max_tilt <= 90:
+        raise ValueError(f"max_tilt must be above 0 and at most 90 degrees, not {max_tilt}")
+
+
 class Ballbot(BatchEnv):
     """A robot of 4 kg stands on a ball of 9 cm radius that three omniwheels turn, and is to drive over uneven ground.
 
@@ -152,24 +180,8 @@ class Ballbot(BatchEnv):
         max_tilt: float = MAX_TILT,
         threads: int = 1,
     ):
-        if terrain_height != 0 and not 1e-3 <= terrain_height <= 1:  # MuJoCo refuses a height field without any height
-            raise ValueError(f"terrain_height must be 0, or between 0.001 and 1 m, not {terrain_height}")
-        if not 1 <= max_episode_steps <= LONGEST:
-            where = f"between 1 and {LONGEST}, after which the ground could end"
-            raise ValueError(f"max_episode_steps must be {where}, not {max_episode_steps}")
-        if action_repeat < 1 or max_episode_steps % action_repeat:
-            raise ValueError(f"action_repeat must divide max_episode_steps {max_episode_steps}, not {action_repeat}")
-        for name, value in (("alive_reward", alive_reward), ("goal_direction", goal_direction)):
-            if not np.isfinite(value):
-                raise ValueError(f"{name} must be finite, not {value}")
-        if not 0 <= fall_penalty < np.inf:
-            raise ValueError(f"fall_penalty must be 0 or more, not {fall_penalty}")
-        if speed_limit is not None and not speed_limit > 0:
-            raise ValueError(f"speed_limit must be above 0 m/s, not {speed_limit}")
-        if not 0 < max_tilt <= 90:
-            raise ValueError(f"max_tilt must be above 0 and at most 90 degrees, not {max_tilt}")
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, not {threads}")
+        check(terrain_height, max_episode_steps, action_repeat, threads)
+        check_shaping(goal_direction, alive_reward, fall_penalty, speed_limit, max_tilt)
         observation_space = gym.spaces.Box(OBS_LOW, OBS_HIGH, dtype=np.float32)
         action_space = gym.spaces.Box(-1, 1, (3,), np.float32)
         super().__init__(num_envs, observation_space, action_space, max_episode_steps, training, split, render_mode)
