@@ -17,7 +17,13 @@ gym.register("LateralControl-v0", "envs.lateral:LateralControlEnv", vector_entry
 gym.register("Ballbot-v0", "envs.ballbot:BallbotEnv", vector_entry_point="envs.ballbot:Ballbot")
 gym.register("BallbotDepth-v0", "envs.ballbot:BallbotDepthEnv", vector_entry_point="envs.ballbot:BallbotDepth")
 
-OURS = ("Ballbot-v0", "BallbotDepth-v0", "LateralControl-v0", "SO101Paper-v0")
+gym.register(
+    "SocNavGrid-v0",
+    "envs.socnav.environment:SocNavGridEnv",
+    vector_entry_point="envs.socnav.environment:SocNavGrid",
+)
+
+OURS = ("Ballbot-v0", "BallbotDepth-v0", "LateralControl-v0", "SO101Paper-v0", "SocNavGrid-v0")
 
 
 def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any) -> BatchEnv | GymVec:

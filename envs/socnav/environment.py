@@ -1,0 +1,375 @@
+"""SocNavGrid-v0: drive to the goal through crowds, doorways and corridors without touching anybody or anything.
+
+All environments of a batch are stepped together in torch, on the CPU or a GPU. `dynamics` says how everybody moves,
+`scenarios` and `starts` where, `grid` what the robot sees, `metrics` what counts.
+"""
+
+import functools
+import zlib
+from dataclasses import replace
+from typing import ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from envs.batch_env import Array, BatchEnv, SingleEnv, seed_of_each
+from envs.run import UserError
+from envs.socnav import controllers, metrics
+from envs.socnav.crowd import Crowd
+from envs.socnav.dynamics import DT, PEDESTRIAN_RADIUS, drive, from_rectangles, length, make_robot, rotate
+from envs.socnav.grid import CHANNELS, OccupancyGrid
+from envs.socnav.scenarios import choose
+from envs.socnav.starts import World
+
+GOAL_RADIUS = 1.0  # m beyond the robot's own, within which a waypoint counts as reached
+LOOK_AHEAD = 3.0  # m along the route
+WINDOW = 3.0  # m that the place on the route can move in a step, so that it does not jump where a route comes by again
+NEAREST = 64  # pedestrians in an observation
+GOAL_RANGE, PEDESTRIAN_RANGE = 10.0, 16.0  # m; farther points keep their direction but not their distance
+REMAINING = 100.0  # m of route that a `remaining` of 1 stands for
+PEDESTRIAN_SPEED = 2.0  # m/s that a velocity of 1 stands for
+STARTS = {"train": 16, "validation": 64, "test": 256}  # of each scenario, or variant of one
+LARGEST_GRID = 2**30  # bytes
+
+
+@functools.lru_cache(maxsize=8)
+def load_world(
+    split: str, training: bool, scenario: str | None, pedestrians: bool, density: float | None, device: str
+) -> World:
+    """The starts of a split, kept, since each evaluation of a run asks anew."""
+    chosen = choose(split, training, scenario)
+    if density is not None:
+        chosen = [replace(one, crowds=tuple(replace(c, density=density) for c in one.crowds)) for one in chosen]
+    return World(chosen, STARTS[split], pedestrians, f"{split} {training}", device)
+
+
+def limited(vector: Tensor, reach: float) -> Tensor:
+    """A vector (2, ...) in units of `reach`, shortened to length 1 where it is longer."""
+    return vector / length(vector).clamp(min=reach)
+
+
+class SocNavGrid(BatchEnv):
+    """N robots, each in a scenario of its own, steps of 0.1 s.
+
+    Action: differential drive: forward acceleration (m/s^2) and angular acceleration (rad/s^2), each in [-1, 1];
+    bicycle: acceleration (m/s^2) in [-1, 1] and the angle of the front wheel (rad) in [-0.78, 0.78].
+
+    Observation: a dict, everything in the robot's frame (x forward, y left), scaled to [-1, 1]:
+        robot (4,): forward speed and turn rate in units of the largest, the last action.
+        goal (7,): the current waypoint of the route, the next one (the current one again when it is the last) and the
+            point of the route 3 m ahead, in units of 10 m and no longer than 1; metres left along the route / 100.
+        pedestrians (64, 4): the nearest first: position in units of 16 m, no longer than 1, and velocity (that over the
+            ground, not relative to the robot) in units of 2 m/s; zeros where there are fewer.
+        count (1,) uint8: how many of them there are.
+        grid (channels, size, size) uint8: see envs/socnav/grid.py.
+
+    Success is to come within the robot's radius + 1 m of the goal before the time limit without any contact; contact
+    terminates the episode and is failure, the time limit truncates it. Idealised: pedestrians and robot are discs,
+    perception is perfect and sees through walls and people, maps are rectangles.
+
+    Metrics of an episode: scenario, pedestrian_collision, obstacle_collision, timeout (0 or 1), near_misses (steps with
+    less than 0.5 m of clearance to a pedestrian), force_exceed (times that a pedestrian felt more than 2 m/s^2),
+    comfort_exposure (the same as a share of all steps and pedestrians), jerk (mean |change of action|), path_efficiency
+    (length of the route / way driven, at most 1), time_to_goal (s; the whole limit where it was not reached), snqi.
+
+    Args:
+        training: False: every scenario as it was authored, in turn (episode i plays scenario i modulo their number),
+            rewarded with `simple`; True: scenarios at random, also mirrored and scaled.
+        scenario: only this one.
+        robot: differential or bicycle; allow_backwards: whether it may; robot_radius: m.
+        reward, reward_weights: name, and a JSON file {term: weight} that changes its weights; see metrics.TERMS.
+        snqi: JSON file with weights and baselines of the SNQI.
+        grid_resolution: m of a cell; grid_size: cells along each side; grid_channels: planes, separated by commas, of
+            obstacles, pedestrians, combined and near (obstacles, four times as fine).
+        pedestrians: False empties the maps; crowd_density: pedestrians per m^2, for all crowds.
+        peds_have_static_obstacle_forces, peds_have_robot_repulsion: two of the social forces.
+        device: cpu for numpy arrays, cuda for tensors on the GPU.
+    """
+
+    metadata: ClassVar = {**BatchEnv.metadata, "render_fps": 10}
+    controllers: ClassVar = controllers.CONTROLLERS
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        training: bool = True,
+        split: str = "train",
+        scenario: str | None = None,
+        robot: str = "differential",
+        allow_backwards: bool = False,
+        robot_radius: float = 0.6,
+        reward: str = "route_completion",
+        reward_weights: str | None = None,
+        snqi: str | None = None,
+        grid_resolution: float = 0.5,
+        grid_size: int = 64,
+        grid_channels: str = "obstacles,pedestrians,combined",
+        pedestrians: bool = True,
+        crowd_density: float | None = None,
+        peds_have_static_obstacle_forces: bool = True,
+        peds_have_robot_repulsion: bool = True,
+        device: str = "cpu",
+        render_mode: str | None = None,
+    ):
+        self.robot, self.radius = make_robot(robot, allow_backwards), robot_radius
+        channels = tuple(grid_channels.split(","))
+        check(num_envs, channels, grid_size, grid_resolution, robot_radius, crowd_density, device)
+        on_gpu = torch.device(device).type != "cpu"
+        low, high = (np.array(bound, np.float32) for bound in (self.robot.low, self.robot.high))
+        super().__init__(
+            num_envs, observation_space(channels, grid_size), gym.spaces.Box(low, high), 1, training, split,
+            render_mode, device if on_gpu else None,
+        )  # fmt: skip
+        self.device = torch.device(device)
+        self.world = load_world(split, training, scenario, pedestrians, crowd_density, device)
+        self.snqi = metrics.load_snqi(snqi)
+        steps = float(self.world.limit.double().mean())
+        self.weights = metrics.reward_weights(reward, reward_weights, self.snqi, steps)
+        if not training:
+            self.weights = metrics.REWARDS["simple"]
+        forces = peds_have_static_obstacle_forces, peds_have_robot_repulsion
+        self.crowd = Crowd(self.world, num_envs, robot_radius, *forces)
+        self.grid = OccupancyGrid(self.world, num_envs, channels, grid_size, grid_resolution)
+        self.upcoming = np.arange(num_envs)  # the number of the row's next episode, with training=False
+        self.pose, self.speed, self.action = (torch.zeros(k, num_envs, device=self.device) for k in (3, 2, 2))
+        self.arc = torch.zeros(num_envs, device=self.device)  # m along the route
+        self.sums = torch.zeros(5, num_envs, device=self.device)  # near steps, forces, comfort, action change, way
+        self.scale = torch.tensor((high - low) / 2, device=self.device)[:, None]
+        self.names = np.array(self.world.names)
+        self.limit = self._out(self.world.limit[self.crowd.start])
+        self.drawing = None
+
+    def _out(self, x: Tensor) -> Array:
+        """A tensor as what the interface speaks: numpy arrays on the CPU, sharing memory."""
+        return x.numpy() if self.device.type == "cpu" else x
+
+    # Episodes
+
+    def reset(self, *, seed: int | list | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        if seed is not None:
+            seeds = seed_of_each(seed, self.num_envs)
+            rows = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+            self.upcoming[rows] = np.array([np.ravel(s)[-1] for s in seeds])[rows]
+        return super().reset(seed=seed, options=options)
+
+    def start(self, rows: Array) -> None:
+        rows = torch.as_tensor(rows, device=self.device)
+        start, each = [], self.world.starts_each
+        for i in rows.tolist():
+            if self.training:
+                start.append(self.rngs[i].integers(len(self.names) * each))
+            else:
+                start.append(self.upcoming[i] % len(self.names) * each + self.rngs[i].integers(each))
+                self.upcoming[i] += self.num_envs
+        start = torch.as_tensor(np.array(start, np.int64), device=self.device)
+        self.crowd.begin(rows, start)
+        self.pose[:, rows] = self.world.pose[:, start]
+        self.speed[:, rows], self.action[:, rows], self.arc[rows], self.sums[:, rows] = 0, 0, 0, 0
+        self.limit[self._out(rows)] = self._out(self.world.limit[start])
+
+    # A step
+
+    def advance(self, action: Array) -> tuple[Array, Array, dict[str, Array]]:
+        action = torch.as_tensor(action, device=self.device).float().T.clamp(-self.scale, self.scale) / self.scale
+        felt = self.crowd.step(self.pose)
+        before, self.pose, self.speed = (
+            self.pose,
+            *drive(self.robot, self.pose, self.speed, action * self.scale),
+        )
+        way = length(self.pose[:2] - before[:2])
+        arc_before, self.arc = self.arc, self._arc()
+        to_pedestrian, to_wall = self._clearances()
+        change, self.action = length(action - self.action), action
+
+        pedestrian, wall = to_pedestrian <= 0, to_wall <= 0
+        contact = pedestrian | wall
+        last = self.world.waypoints[:, self.crowd.start, -1]
+        goal = (length(self.pose[:2] - last) <= self.radius + GOAL_RADIUS) & ~contact
+        ended = torch.as_tensor(self.episode_length + 1 >= self.limit, device=self.device)
+        timeout = ended & ~goal & ~contact
+        near = (to_pedestrian < metrics.NEAR) & ~pedestrian
+        people = self.world.count[self.crowd.start].clamp(min=1)
+        progress = self.arc - arc_before
+        terms = {
+            "step": torch.ones_like(way),
+            "time": 1 / torch.as_tensor(self.limit, device=self.device),
+            "progress": progress.clamp(-1, 1),
+            "goal": goal,
+            "pedestrian_contact": pedestrian,
+            "obstacle_contact": wall,
+            "timeout": timeout,
+            "near_miss": (1 - to_pedestrian / metrics.NEAR).clamp(0, 1),
+            "near_wall": (1 - to_wall / metrics.NEAR_WALL).clamp(0, 1),
+            "near_step": near,
+            "force_exceed": felt,
+            "comfort": felt / people,
+            "action_change": change,
+            "action_change_squared": change.square(),
+            "stagnation": progress <= 0,
+            "backwards": -(DT * self.speed[0]).clamp(max=0),
+        }
+        reward = sum(weight * terms[name] for name, weight in self.weights.items())
+        self.sums += torch.stack([near, felt, felt / people, change, way])
+        done = goal | contact
+        measured = {}
+        if (done | ended).any():
+            measured = self._measure(goal, pedestrian, wall, timeout)
+        return self._out(reward), self._out(done), measured
+
+    def _arc(self) -> Tensor:
+        """The place on the route (N,), m from its beginning, that is nearest to the robot, near the last one."""
+        start, world = self.crowd.start, self.world
+        along, leg = world.along[:, start], world.leg_length[start]
+        x = self.pose[:2, :, None] - world.waypoints[:, start, :-1]
+        share = ((x * along).sum(0) / leg.square().clamp(min=1e-9)).clamp(0, 1)
+        arc = world.arc[start, :-1] + share * leg
+        distance = length(x - share * along) + 1e4 * ((arc - self.arc[:, None]).abs() > WINDOW)
+        return arc.gather(1, distance.argmin(1, keepdim=True)).squeeze(1)
+
+    def _clearances(self) -> tuple[Tensor, Tensor]:
+        """m between the robot's hull and the nearest pedestrian's, and the nearest wall, (N,) each."""
+        distance = length(self.crowd.position - self.pose[:2, :, None]).amin(1)
+        rectangles = self.world.rectangles[:, self.world.map[self.crowd.start]]
+        _, to_rectangle = from_rectangles(self.pose[:2], rectangles)
+        return distance - self.radius - PEDESTRIAN_RADIUS, to_rectangle.amin(1) - self.radius
+
+    def _measure(self, goal: Tensor, pedestrian: Tensor, wall: Tensor, timeout: Tensor) -> dict[str, Array]:
+        """The metrics of episodes, as if every row's ended now."""
+        start = self.crowd.start
+        steps, limit = self.episode_length + 1, self.world.limit[start]
+        steps = torch.as_tensor(steps, device=self.device)
+        near, felt, comfort, change, way = self.sums
+        shortest = self.world.arc[start, -1] - self.radius - GOAL_RADIUS
+        found = {
+            "is_success": goal,
+            "is_failure": pedestrian | wall,
+            "pedestrian_collision": pedestrian.float(),
+            "obstacle_collision": wall.float(),
+            "timeout": timeout.float(),
+            "near_misses": near.clone(),
+            "force_exceed": felt.clone(),
+            "comfort_exposure": comfort / steps,
+            "jerk": change / steps,
+            "path_efficiency": (shortest / way.clamp(min=1e-6)).clamp(0, 1),
+            "time_to_goal": DT * torch.where(goal, steps, limit),
+        }
+        values = {name: x.cpu().numpy().astype(float) for name, x in found.items()}
+        values["success"], values["collisions"] = values["is_success"], values["is_failure"]
+        values["time"] = values["time_to_goal"] / (DT * limit.cpu().numpy())
+        snqi = torch.as_tensor(metrics.snqi(values, self.snqi), device=self.device)
+        names = self.names[self.world.map[start].cpu().numpy()]
+        return {"scenario": names, **{name: self._out(x) for name, x in {**found, "snqi": snqi}.items()}}
+
+    # What the robot sees
+
+    def observe(self, rows: Array) -> dict[str, Array]:
+        rows = torch.as_tensor(rows, device=self.device)
+        pose, start = self.pose[:, rows], self.crowd.start[rows]
+        cos, sin = (
+            torch.cos(pose[2]),
+            -torch.sin(pose[2]),
+        )  # of minus the heading: from the world's frame to the robot's
+        speed = self.speed[:, rows]
+        robot = [speed[0] / self.robot.max_speed, speed[1] / self.robot.max_turn_rate, *self.action[:, rows]]
+
+        points, remaining = self._points(pose, start, self.arc[rows])
+        points = limited(rotate(points, cos[:, None], sin[:, None]), GOAL_RANGE)  # (2, n, 3)
+        goal = torch.cat([points.permute(1, 2, 0).flatten(1), remaining[:, None]], dim=1)
+
+        position = self.crowd.position[:, rows] - pose[:2, :, None]
+        position = rotate(position, cos[:, None], sin[:, None])
+        velocity = rotate(self.crowd.velocity[:, rows], cos[:, None], sin[:, None])
+        order = position.square().sum(0).argsort(dim=1)[:, :NEAREST]
+        people = torch.stack([*limited(position, PEDESTRIAN_RANGE), *(velocity / PEDESTRIAN_SPEED).clamp(-1, 1)], -1)
+        count = self.world.count[start].clamp(max=NEAREST)
+        people = people.gather(1, order[..., None].expand(-1, -1, 4))
+        present = torch.arange(order.shape[1], device=self.device) < count[:, None]
+        pedestrians = torch.zeros(len(rows), NEAREST, 4, device=self.device)
+        pedestrians[:, : order.shape[1]] = people * present[..., None]
+
+        return {
+            "robot": self._out(torch.stack(robot, dim=1).clamp(-1, 1)),
+            "goal": self._out(goal),
+            "pedestrians": self._out(pedestrians),
+            "count": self._out(count[:, None].to(torch.uint8)),
+            "grid": self._out(self.grid(self.world.map[start], pose, position)),
+        }
+
+    def _points(self, pose: Tensor, start: Tensor, arc: Tensor) -> tuple[Tensor, Tensor]:
+        """From the robots to the current waypoint, the next, the point 3 m ahead (2, n, 3); what is left to drive."""
+        world, last = self.world, self.world.arc.shape[1] - 1
+        arcs = world.arc[start]
+        passed = (arcs[:, 1:] <= arc[:, None] + self.radius + GOAL_RADIUS).sum(1) + 1
+        current = torch.stack([passed, passed + 1], dim=1).clamp(max=last)
+        waypoints = world.waypoints[:, start]  # (2, n, K + 1)
+        seen = waypoints.gather(2, current.expand(2, -1, -1))
+        ahead = torch.minimum(arc + LOOK_AHEAD, arcs[:, -1])
+        leg = (arcs[:, 1:] <= ahead[:, None]).sum(1).clamp(max=last - 1)[:, None]
+        along = world.along[:, start].gather(2, leg.expand(2, -1, -1))
+        share = (ahead[:, None] - arcs.gather(1, leg)) / world.leg_length[start].gather(1, leg).clamp(min=1e-6)
+        point = waypoints.gather(2, leg.expand(2, -1, -1)) + share.clamp(0, 1) * along
+        points = torch.cat([seen, point], dim=2) - pose[:2, :, None]
+        return points, ((arcs[:, -1] - arc) / REMAINING).clamp(0, 1)
+
+    # Snapshots and pictures
+
+    def state(self) -> dict[str, Array]:
+        crowd = self.crowd
+        mine = {"pose": self.pose, "speed": self.speed, "action": self.action, "arc": self.arc, "sums": self.sums}
+        theirs = {name: getattr(crowd, name) for name in ("start", "position", "velocity", "way", "pause", "member")}
+        checksum = zlib.crc32(self.world.pose.cpu().numpy().tobytes() + " ".join(self.names).encode())
+        return {
+            **{name: self._out(x) for name, x in {**mine, **theirs}.items()},
+            **{"limit": self.limit, "upcoming": self.upcoming, "world": np.array([checksum])},
+        }
+
+    def load_state_dict(self, state: dict) -> dict:
+        if int(state["arrays"]["world"][0]) != int(self.state()["world"][0]):
+            raise UserError("the run drove through other scenarios; use the version and the arguments that it had")
+        super().load_state_dict(state)
+        self.crowd.index()
+        return self.observe(np.arange(self.num_envs))
+
+
+def observation_space(channels: tuple[str, ...], size: int) -> gym.spaces.Dict:
+    box = gym.spaces.Box
+    return gym.spaces.Dict(
+        {
+            "robot": box(-1, 1, (4,), np.float32),
+            "goal": box(-1, 1, (7,), np.float32),
+            "pedestrians": box(-1, 1, (NEAREST, 4), np.float32),
+            "count": box(0, NEAREST, (1,), np.uint8),
+            "grid": box(0, 1, (len(channels), size, size), np.uint8),
+        }
+    )
+
+
+def check(
+    num_envs: int, channels: tuple[str, ...], size: int, resolution: float, radius: float, density: float | None,
+    device: str,
+) -> None:  # fmt: skip
+    """Raises ValueError for arguments that cannot work."""
+    for name in channels:
+        if name not in CHANNELS:
+            raise ValueError(f"grid_channels must be some of {', '.join(CHANNELS)}, not {name!r}")
+    if size < 2 or size % 2:
+        raise ValueError(f"grid_size must be even and at least 2, not {size}")
+    if not resolution > 0:
+        raise ValueError(f"grid_resolution must be above 0 m, not {resolution}")
+    if (needed := max(num_envs, 1) * len(channels) * size**2 * 4) > LARGEST_GRID:
+        asked = f"{num_envs} grids of {size} x {size} cells take {needed / 2**30:.1f} GiB in each step"
+        raise ValueError(f"{asked}; choose a smaller grid_size or fewer environments")
+    if not 0 < radius <= 2:
+        raise ValueError(f"robot_radius must be above 0 and at most 2 m, not {radius}")
+    if density is not None and not 0 < density <= 0.5:
+        raise ValueError(
+            f"crowd_density must be above 0 and at most 0.5, not {density}; pedestrians False empties a map"
+        )
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: PyTorch finds no GPU here; use device cpu")
+
+
+class SocNavGridEnv(SingleEnv):
+    batch_env = SocNavGrid

@@ -1,0 +1,126 @@
+"""What an episode is judged by, and what rewards are made of.
+
+SNQI, the social navigation quality index, is one number for an episode:
+
+    SNQI = w_s success - w_t time - w_c N(collisions) - w_n N(near misses) - w_d comfort - w_f N(force) - w_j N(jerk)
+    N(x) = clip((x - median) / (p95 - median), 0, 1)
+
+with medians and 95th percentiles of a baseline policy, so that 1 is as bad as its worst twentieth.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from envs.run import UserError, read_json
+
+FILE = Path(__file__).parents[1] / "assets" / "socnav_snqi.json"
+WEIGHTS = ("success", "time", "collisions", "near_misses", "comfort_exposure", "force_exceed", "jerk")
+NORMALISED = ("collisions", "near_misses", "force_exceed", "jerk")
+
+NEAR = 0.5  # m of clearance to a pedestrian below which a step is a near miss
+NEAR_WALL = 0.3  # m of clearance to a wall below which it counts as near
+
+# What one step can be rewarded or charged for; each is a number per row:
+TERMS = {
+    "step": "1",
+    "time": "the share of the time limit that a step takes",
+    "progress": "metres gained along the route, at most 1",
+    "goal": "1 when the goal is reached without contact",
+    "pedestrian_contact": "1 on contact with a pedestrian",
+    "obstacle_contact": "1 on contact with an obstacle",
+    "timeout": "1 when the time is up",
+    "near_miss": "from 0 at half a metre of clearance to a pedestrian to 1 at contact",
+    "near_wall": "from 0 at 0.3 m of clearance to an obstacle to 1 at contact",
+    "near_step": "1 within half a metre of clearance to a pedestrian",
+    "force_exceed": "pedestrians that feel more than 2 m/s^2",
+    "comfort": "the share of all pedestrians that do",
+    "action_change": "|a - a of the last step|, in units of half the action's range",
+    "action_change_squared": "its square",
+    "stagnation": "1 without progress",
+    "backwards": "metres driven backwards",
+}
+REWARDS: dict[str, dict[str, float]] = {
+    "simple": {"time": -0.1, "pedestrian_contact": -5.0, "obstacle_contact": -2.0, "goal": 1.0},
+    "punish_action": {
+        "time": -0.1, "pedestrian_contact": -5.0, "obstacle_contact": -2.0, "goal": 1.0, "action_change": -0.1,
+    },
+    "route_completion": {
+        "step": -0.01, "progress": 0.3, "goal": 2.0, "pedestrian_contact": -10.0, "obstacle_contact": -10.0,
+        "near_miss": -0.1, "near_wall": -0.1, "action_change_squared": -0.01,
+    },
+}  # fmt: skip
+NAMES = (*REWARDS, "snqi_step")
+
+
+def load_snqi(path: str | None) -> dict[str, dict]:
+    """{"weights": {...}, "baselines": {metric: {"median", "p95"}}} from a file, or ours.
+
+    Raises:
+        UserError: something is missing.
+    """
+    content = read_json(Path(path) if path is not None else FILE)
+    given = {"weights": WEIGHTS, "baselines": NORMALISED}
+    for part, names in given.items():
+        require_keys(f"{path or FILE.name}: {part}", content.get(part, {}), names)
+    for name in NORMALISED:
+        require_keys(f"{path or FILE.name}: baselines of {name}", content["baselines"][name], ("median", "p95"))
+    return content
+
+
+def require_keys(where: str, content: Any, names: tuple[str, ...]) -> None:
+    """Raises UserError unless content is a dict that has all of these names."""
+    missing = [name for name in names if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise UserError(f"{where} must have {', '.join(missing)}; add what is missing")
+
+
+def span(baseline: dict) -> float:
+    """p95 - median; 1 where they are equal."""
+    return (baseline["p95"] - baseline["median"]) or 1.0
+
+
+def snqi(metrics: dict[str, np.ndarray], settings: dict[str, dict]) -> np.ndarray:
+    """SNQI (N,) of episodes with these metrics (N,): success, time (share of the limit), and those of NORMALISED."""
+    w, baselines = settings["weights"], settings["baselines"]
+    cost = w["time"] * metrics["time"] + w["comfort_exposure"] * metrics["comfort_exposure"]
+    for name in NORMALISED:
+        x = (metrics[name] - baselines[name]["median"]) / span(baselines[name])
+        cost = cost + w[name] * np.clip(x, 0, 1)
+    return w["success"] * metrics["success"] - cost
+
+
+def reward_weights(reward: str, path: str | None, snqi_settings: dict[str, dict], steps: float) -> dict[str, float]:
+    """{term: weight} of a reward by name, or from a file that weighs the same terms, and others if it likes.
+
+    snqi_step pays in each step what the step adds to the SNQI of an episode of `steps` steps, before clipping.
+
+    Raises:
+        ValueError: there is no such reward.
+        UserError: the file lacks a term, or has one that does not exist.
+    """
+    if reward not in NAMES:
+        raise ValueError(f"reward must be one of {', '.join(NAMES)}, not {reward!r}")
+    if reward == "snqi_step":
+        w, spans = snqi_settings["weights"], {n: span(snqi_settings["baselines"][n]) for n in NORMALISED}
+        weights = {
+            "goal": w["success"], "time": -w["time"],
+            "pedestrian_contact": -w["collisions"] / spans["collisions"],
+            "obstacle_contact": -w["collisions"] / spans["collisions"],
+            "near_step": -w["near_misses"] / spans["near_misses"], "comfort": -w["comfort_exposure"] / steps,
+            "force_exceed": -w["force_exceed"] / spans["force_exceed"],
+            "action_change": -w["jerk"] / spans["jerk"] / steps,
+        }  # fmt: skip
+    else:
+        weights = REWARDS[reward]
+    if path is None:
+        return weights
+    given = read_json(Path(path))
+    require_keys(f"{path}: weights for reward {reward}", given, tuple(weights))
+    for name, value in given.items():
+        if name not in TERMS:
+            raise UserError(f"{path}: no term {name!r}; there are {', '.join(TERMS)}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{path}: {name} must be a number, not {value!r}")
+    return {name: float(value) for name, value in given.items()}

@@ -1,0 +1,174 @@
+"""The scenario matrix: what it holds, its mirrored and scaled variants, and the starts that episodes begin from.
+
+A scenario is a map of axis-aligned rectangles, a route for the robot, and pedestrians: crowds along a route or in a
+zone, and single ones with a path and a role. They stand in assets/socnav_scenarios.json; units are m and s, x to the
+right, y up.
+"""
+
+import functools
+import json
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FILE = Path(__file__).parents[1] / "assets" / "socnav_scenarios.json"
+ROLES = ("wait", "follow", "lead", "accompany", "join", "leave")
+NOMINAL_SPEED = 0.5  # m/s of a pedestrian
+LANE = 3.0  # m, the width that a route's density counts
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A crowd: along a route that it walks again and again, or between random points of a zone."""
+
+    density: float  # pedestrians per m^2
+    route: tuple[Point, ...] = ()
+    start: Box | None = None  # where those of a route come back
+    zone: Box | None = None
+    spread: bool = False  # evenly along the route and alone, instead of in groups
+
+    @property
+    def count(self) -> int:
+        if self.zone is not None:
+            x0, y0, x1, y1 = self.zone
+            area = (x1 - x0) * (y1 - y0)
+        else:
+            area = sum(np.hypot(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(self.route)) * LANE
+        return int(np.ceil(area * self.density - 1e-9))
+
+
+@dataclass(frozen=True)
+class Single:
+    """One pedestrian, from path[0] along the rest of its path."""
+
+    path: tuple[Point, ...]
+    speed: float = NOMINAL_SPEED  # nominal; the desired one is 1.3 times as fast
+    wait: tuple[tuple[int, float], ...] = ()  # (index of a waypoint, seconds there)
+    delay: float = 0.0  # s before it starts
+    role: str | None = None
+    offset: Point = (0.0, 0.0)  # forward and left of the robot, for follow, lead and accompany
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    name: str
+    split: str
+    size: Point
+    time_limit: int  # steps
+    start: Box
+    goal: Box
+    via: tuple[Point, ...] = ()
+    obstacles: tuple[Box, ...] = ()
+    border: float = 1.0  # thickness of the wall all round, inside the size
+    crowds: tuple[Stream, ...] = ()
+    pedestrians: tuple[Single, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return len(self.pedestrians) + sum(crowd.count for crowd in self.crowds)
+
+    def rectangles(self) -> np.ndarray:
+        """All that is solid, (R, 4): the four walls of the border and the obstacles."""
+        (w, h), b = self.size, self.border
+        walls = [(0, 0, w, b), (0, h - b, w, h), (0, 0, b, h), (w - b, 0, w, h)]
+        return np.array([*walls, *self.obstacles], float)
+
+
+def frozen(x: Any) -> Any:
+    """JSON's lists as tuples."""
+    return tuple(frozen(item) for item in x) if isinstance(x, list) else x
+
+
+@functools.cache
+def load_scenarios() -> dict[str, Scenario]:
+    """All scenarios by name."""
+    found = {}
+    for entry in json.loads(FILE.read_text())["scenarios"]:
+        values = {
+            name: frozen(value) for name, value in entry.items() if name not in ("robot", "crowds", "pedestrians")
+        }
+        robot = {name: frozen(value) for name, value in entry["robot"].items()}
+        crowds, singles = (
+            tuple(kind(**{name: frozen(value) for name, value in one.items()}) for one in entry.get(where, ()))
+            for kind, where in ((Stream, "crowds"), (Single, "pedestrians"))
+        )
+        found[entry["name"]] = Scenario(**values, **robot, crowds=crowds, pedestrians=singles)
+    return found
+
+
+def variant(scenario: Scenario, mirror: bool, scale: float) -> Scenario:
+    """The scenario mirrored (y -> -y) and with all its lengths scaled, its crowds as large as they were."""
+    height = scenario.size[1]
+
+    def point(p: Point) -> Point:
+        return (p[0] * scale, (height - p[1] if mirror else p[1]) * scale)
+
+    def box(b: Box | None) -> Box | None:
+        if b is None:
+            return None
+        (x0, ya), (x1, yb) = point(b[:2]), point(b[2:])
+        return (x0, min(ya, yb), x1, max(ya, yb))
+
+    def points(path: tuple[Point, ...]) -> tuple[Point, ...]:
+        return tuple(point(p) for p in path)
+
+    crowds = tuple(
+        replace(c, route=points(c.route), start=box(c.start), zone=box(c.zone), density=c.density / scale**n)
+        for c in scenario.crowds
+        for n in [2 if c.zone is not None else 1]
+    )
+    singles = tuple(
+        replace(one, path=points(one.path), offset=(one.offset[0], -one.offset[1] if mirror else one.offset[1]))
+        for one in scenario.pedestrians
+    )
+    name = scenario.name + ("/mirrored" if mirror else "") + (f"/{scale:g}" if scale != 1 else "")
+    return replace(
+        scenario,
+        name=name,
+        size=(scenario.size[0] * scale, height * scale),
+        border=scenario.border * scale,
+        time_limit=int(scenario.time_limit * max(scale, 1)),
+        start=box(scenario.start),
+        goal=box(scenario.goal),
+        via=points(scenario.via),
+        obstacles=tuple(box(b) for b in scenario.obstacles),
+        crowds=crowds,
+        pedestrians=singles,
+    )
+
+
+TRAINING_VARIANTS = [(mirror, scale) for scale in (1.0, 0.85, 1.15) for mirror in (False, True)]
+VALIDATION_VARIANTS = [(True, 0.92), (False, 1.25), (True, 1.08)]  # of every third training scenario in turn
+
+
+def choose(split: str, training: bool, scenario: str | None) -> list[Scenario]:
+    """The scenarios of a split, or the one of that name.
+
+    Training adds mirrored and scaled variants of its own; validation are archetypes of its own, and variants of the
+    training scenarios that training does not have.
+
+    Raises:
+        ValueError: there is no such scenario, or it is kept for the test split.
+    """
+    every = load_scenarios()
+    if scenario is not None:
+        if scenario not in every:
+            raise ValueError(f"no scenario {scenario!r}; there are {', '.join(every)}")
+        if every[scenario].split == "test" and split != "test":
+            raise ValueError(f"scenario {scenario} is kept for the test split, for reports; train on another")
+        chosen = [every[scenario]]
+    else:
+        chosen = [one for one in every.values() if one.split == split]
+    if training:
+        return [variant(one, mirror, scale) for one in chosen for mirror, scale in TRAINING_VARIANTS]
+    if split == "validation" and scenario is None:
+        third = [one for one in every.values() if one.split == "train"][::3]
+        chosen += [variant(one, *VALIDATION_VARIANTS[i % 3]) for i, one in enumerate(third)]
+    return chosen

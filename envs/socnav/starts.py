@@ -1,0 +1,247 @@
+"""Where episodes begin, drawn beforehand: an episode picks a start, and from there on nothing in it is random.
+
+Each scenario has a number of starts: the robot's place and goal, and each pedestrian's place, path and company. `World`
+holds them all as tensors, one row a start, so that beginning an episode is copying a row.
+"""
+
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from envs.socnav.dynamics import PEDESTRIAN_RADIUS
+from envs.socnav.scenarios import NOMINAL_SPEED, Box, Point, Scenario, Single, Stream
+
+SPEED_CAP = 1.3  # times the nominal speed is what a pedestrian wants to walk, and can
+GROUP_SIZES = np.array([1.0, 0.3, 0.09]) / 1.39  # how often one, two and three walk together
+SPREAD = 0.75  # m, standard deviation of the members of a group around its anchor, cut off at twice as much
+ROOM = 2.5  # m between the robot and a pedestrian of a crowd at the start
+LAPS = 8  # points that a pedestrian in a zone walks to in turn
+GROUP_ARRIVES, SINGLE_ARRIVES = 1.0, 0.2  # m from a waypoint where the next one's turn has come
+STOP, RESPAWN, LOOP = range(3)  # what a pedestrian does at the end of its path
+ROLES = (None, "wait", "follow", "lead", "accompany", "join", "leave")
+FAR = 1e4  # m, where the rectangles and the pedestrians are that a map lacks
+# m, cells of the rasters that occupancy grids are read from: a coarse one stays in the processor's cache
+COARSE, FINE = 0.25, 0.1
+
+
+class Start:
+    """One start of a scenario: where everybody is and will walk, drawn from rng; lists of one entry a pedestrian."""
+
+    def __init__(self, scenario: Scenario, rng: np.random.Generator, pedestrians: bool):
+        self.rng, self.walls = rng, scenario.rectangles()
+        begin, end = inside(scenario.start, rng), inside(scenario.goal, rng)
+        self.route = np.array([begin, *scenario.via, end])
+        self.position, self.path, self.pauses, self.speed = [], [], [], []
+        self.first, self.end, self.respawn, self.arrives = [], [], [], []
+        self.group, self.member, self.role, self.offset = [], [], [], []
+        if not pedestrians:
+            return
+        for crowd in scenario.crowds:
+            self._crowd(crowd)
+        names: dict[str, int] = {}
+        for one in scenario.pedestrians:
+            self._single(one, names)
+        self._send_to_their_group()
+
+    def _add(self, position: Point, path: np.ndarray, group: int, **more: Any) -> None:
+        self.position.append(np.asarray(position))
+        self.path.append(np.asarray(path, float).reshape(-1, 2))
+        self.group.append(group)
+        defaults = {
+            "pauses": np.zeros(len(path) + 1), "speed": NOMINAL_SPEED, "first": 0, "end": STOP, "respawn": position,
+            "arrives": GROUP_ARRIVES, "member": True, "role": None, "offset": (0.0, 0.0),
+        }  # fmt: skip
+        for name, value in {**defaults, **more}.items():
+            getattr(self, name).append(value)
+
+    def _crowd(self, crowd: Stream) -> None:
+        missing = crowd.count
+        if crowd.spread:
+            sizes = [1] * missing
+        else:
+            sizes = []
+            while sum(sizes) < missing:
+                sizes.append(min(1 + self.rng.choice(3, p=GROUP_SIZES), missing - sum(sizes)))
+        for k, size in enumerate(sizes):
+            leader = len(self.group)
+            if crowd.zone is not None:
+                anchor, path = inside(crowd.zone, self.rng), [inside(crowd.zone, self.rng) for _ in range(LAPS)]
+                how = {"end": LOOP}
+            else:
+                share = (k + self.rng.uniform(0.4, 0.6)) / len(sizes) if crowd.spread else self.rng.uniform()
+                anchor, passed = on_route(np.array(crowd.route), share)
+                path, how = crowd.route[1:], {"end": RESPAWN, "first": passed}
+            back = inside(crowd.start, self.rng) if crowd.start is not None else anchor
+            for _ in range(size):
+                member = self._near(anchor, alone=size == 1)
+                self._add(member, path, leader, respawn=np.asarray(back) + (member - anchor if size > 1 else 0), **how)
+
+    def _near(self, anchor: np.ndarray, alone: bool) -> np.ndarray:
+        """A free place near the anchor of a group, not beside the robot; after 50 attempts somewhere farther away."""
+        for attempt in range(200):
+            wide = 0.0 if alone and attempt == 0 else SPREAD * (1 + attempt // 50)
+            place = anchor + np.clip(self.rng.normal(0, 1, 2), -2, 2) * wide
+            if self.free(place):
+                return place
+        raise ValueError(f"no room for a pedestrian near {anchor.round(1).tolist()}: the crowd is too dense")
+
+    def free(self, place: np.ndarray) -> bool:
+        """Whether a pedestrian can stand there: off walls, off others, and not beside the robot."""
+        nearest = np.clip(place, self.walls[:, :2], self.walls[:, 2:])
+        if np.hypot(*(place - nearest).T).min() < PEDESTRIAN_RADIUS + 0.1:
+            return False
+        if np.hypot(*(place - self.route[0])) < ROOM:
+            return False
+        others = np.reshape(self.position, (-1, 2))
+        return not len(others) or np.hypot(*(others - place).T).min() > PEDESTRIAN_RADIUS
+
+    def _single(self, one: Single, names: dict[str, int]) -> None:
+        position = np.array(one.path[0]) + self.rng.uniform(-0.25, 0.25, 2)
+        path = np.array(one.path[1:]).reshape(-1, 2)
+        pauses = np.zeros(len(path) + 1)
+        pauses[0] = np.inf if one.role == "wait" else one.delay
+        for index, seconds in one.wait:
+            pauses[index] += seconds
+        group = names.setdefault(one.group, len(self.group)) if one.group is not None else len(self.group)
+        self._add(
+            position, path, group, pauses=pauses, speed=one.speed, arrives=SINGLE_ARRIVES, member=one.role != "join",
+            role=one.role, offset=one.offset,
+        )  # fmt: skip
+
+    def _send_to_their_group(self) -> None:
+        """Those who join walk to the middle of the others."""
+        for i, role in enumerate(self.role):
+            if role == "join":
+                others = [p for k, p in enumerate(self.position) if self.group[k] == self.group[i] and self.member[k]]
+                self.path[i] = np.vstack([self.path[i], np.mean(others, axis=0)])
+                self.pauses[i] = np.append(self.pauses[i], 0.0)
+
+
+def inside(box: Box, rng: np.random.Generator) -> np.ndarray:
+    return rng.uniform(box[:2], box[2:])
+
+
+def on_route(route: np.ndarray, share: float) -> tuple[np.ndarray, int]:
+    """The point at a share of the way, and how many waypoints after the first lie behind it."""
+    steps = np.hypot(*np.diff(route, axis=0).T)
+    arc = np.concatenate([[0], np.cumsum(steps)])
+    s = share * arc[-1]
+    k = min(np.searchsorted(arc, s, side="right") - 1, len(steps) - 1)
+    return route[k] + (s - arc[k]) / steps[k] * (route[k + 1] - route[k]), int(k)
+
+
+class Raster(NamedTuple):
+    """Which cells of M maps are solid at their centre; what lies outside a map is read from its rim, which is wall."""
+
+    cell: float  # m
+    solid: Tensor  # uint8, flat: the maps one after the other, each rows x columns
+    begin: Tensor  # (M,) int32, where each map begins
+    rows: Tensor  # (M,) int32, along y
+    columns: Tensor  # (M,) int32, along x
+
+
+def rasterize(scenario: Scenario, cell: float) -> np.ndarray:
+    """The cells of one map, uint8 (rows, columns)."""
+    columns, rows = (int(np.ceil(length / cell - 1e-9)) for length in scenario.size)
+    x, y = (np.arange(columns) + 0.5) * cell, (np.arange(rows) + 0.5) * cell
+    solid = np.zeros((rows, columns), np.uint8)
+    for x0, y0, x1, y1 in scenario.rectangles():
+        solid[np.ix_((y >= y0) & (y <= y1), (x >= x0) & (x <= x1))] = 1
+    solid[[0, -1]] = solid[:, [0, -1]] = 1
+    return solid
+
+
+def padded(lists: list[list], shape: tuple[int, ...], fill: float = 0.0) -> np.ndarray:
+    """Lists of unequal length, each entry of `shape` or shorter along its first axis, as one array (S, P, *shape)."""
+    most = max(1, *(len(one) for one in lists))
+    out = np.full((len(lists), most, *shape), fill)
+    for i, one in enumerate(lists):
+        for k, entry in enumerate(one):
+            entry = np.asarray(entry, float)
+            out[(i, k, slice(len(entry))) if shape and entry.shape != shape else (i, k)] = entry
+    return out
+
+
+class World:
+    """Maps and starts of some scenarios as tensors; M maps, S starts, P pedestrians at most, W waypoints, K legs of a
+    route, R rectangles.
+
+    Attributes:
+        names: of the M scenarios; starts_each: start k of scenario m is row m * starts_each + k.
+        rectangles (4, M, R), size (2, M), coarse and fine (rasters): the maps.
+        map, limit (S,), pose (3, S): what each start is on, its time limit in steps, where the robot begins.
+        waypoints (2, S, K + 1), along (2, S, K), leg_length (S, K), arc (S, K + 1): the routes, m.
+        pedestrians: {name: (S, P, ...)}, vectors component-first; count (S,).
+    """
+
+    def __init__(self, scenarios: list[Scenario], starts_each: int, pedestrians: bool, stream: str, device: str):
+        self.names, self.starts_each = [one.name for one in scenarios], starts_each
+        starts = [
+            Start(one, np.random.default_rng([zlib.crc32(f"{stream} {one.name}".encode()), k]), pedestrians)
+            for one in scenarios
+            for k in range(starts_each)
+        ]
+        which = np.repeat(np.arange(len(scenarios)), starts_each)
+
+        def tensor(x: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.as_tensor(np.ascontiguousarray(x), device=device).to(dtype)
+
+        def components_first(x: np.ndarray) -> Tensor:
+            return tensor(np.moveaxis(x, -1, 0))
+
+        self._maps(scenarios, tensor, components_first)
+        self.map = tensor(which, torch.int64)
+        self.limit = tensor([scenarios[m].time_limit for m in which], torch.int64)
+        self._routes(starts, tensor, components_first)
+        self._pedestrians(starts, tensor, components_first)
+
+    def _maps(self, scenarios: list[Scenario], tensor: Any, components_first: Any) -> None:
+        self.rectangles = components_first(padded([list(one.rectangles()) for one in scenarios], (4,), FAR))
+        self.coarse, self.fine = (self._raster(scenarios, cell, tensor) for cell in (COARSE, FINE))
+        self.size = tensor(np.array([one.size for one in scenarios]).T)
+
+    def _raster(self, scenarios: list[Scenario], cell: float, tensor: Any) -> Raster:
+        maps = [rasterize(one, cell) for one in scenarios]
+        begin = np.cumsum([0, *(m.size for m in maps[:-1])])
+        rows, columns = np.array([m.shape for m in maps]).T
+        solid = tensor(np.concatenate([m.ravel() for m in maps]), torch.uint8)
+        return Raster(cell, solid, *(tensor(x, torch.int32) for x in (begin, rows, columns)))
+
+    def _routes(self, starts: list[Start], tensor: Any, components_first: Any) -> None:
+        routes = [s.route for s in starts]
+        most = max(len(r) for r in routes)  # shorter ones stay at their goal for legs of length zero
+        routes = np.array([np.vstack([r, np.repeat(r[-1:], most - len(r), 0)]) for r in routes])
+        along = np.diff(routes, axis=1)
+        steps = np.hypot(along[..., 0], along[..., 1])
+        self.waypoints = components_first(routes)
+        self.along, self.leg_length = components_first(along), tensor(steps)
+        self.arc = tensor(np.concatenate([np.zeros((len(starts), 1)), np.cumsum(steps, 1)], 1))
+        heading = np.arctan2(along[:, 0, 1], along[:, 0, 0])
+        self.pose = tensor(np.stack([*routes[:, 0].T, heading]))
+
+    def _pedestrians(self, starts: list[Start], tensor: Any, components_first: Any) -> None:
+        def column(name: str, *shape: int) -> np.ndarray:
+            return padded([getattr(s, name) for s in starts], shape)
+
+        waypoints = max([len(path) for s in starts for path in s.path], default=1) or 1
+        self.count = tensor([len(s.position) for s in starts], torch.int64)
+        self.slots = max(1, int(self.count.max()))
+        last = padded([[len(path) - 1 for path in s.path] for s in starts], ())
+        codes = padded([[ROLES.index(role) for role in s.role] for s in starts], ())
+        absent = np.arange(self.slots) >= self.count.cpu().numpy()[:, None]
+        position = np.where(absent[..., None], FAR, column("position", 2))
+        self.pedestrians = {
+            "position": components_first(position),
+            **{name: components_first(column(name, 2)) for name in ("respawn", "offset")},
+            "path": components_first(column("path", waypoints, 2)),
+            "pauses": tensor(column("pauses", waypoints + 1)),
+            "speed": tensor(SPEED_CAP * column("speed")),
+            "arrives": tensor(column("arrives")),
+            **{name: tensor(column(name), torch.int64) for name in ("first", "end", "group")},
+            "last": tensor(last, torch.int64),
+            "role": tensor(codes, torch.int64),
+            "member": tensor(column("member"), torch.bool),
+        }
