@@ -336,7 +336,7 @@ def group_mean(advantage: Tensor, group_size: int) -> Tensor:
 STATS = ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction")
 
 
-def ppo_loss(agent: Agent, args: Args, critic_only: bool, *minibatch: Tensor) -> tuple[Tensor, Tensor]:
+def ppo_loss(agent: nn.Module, args: Args, critic_only: bool, *minibatch: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of one minibatch, and the statistics named in STATS. With critic_only it is the critic's part alone."""
     obs, action, old_logprob, advantage, target, old_value = minibatch
     logprob, entropy, value = agent.evaluate_actions(obs, action)
@@ -370,7 +370,7 @@ def ppo_loss(agent: Agent, args: Args, critic_only: bool, *minibatch: Tensor) ->
         return loss, torch.stack([policy_loss, value_loss, -entropy, approx_kl, clip_fraction])
 
 
-def compute_gradient(agent: Agent, args: Args, critic_only: bool, *minibatch: Tensor) -> Tensor:
+def compute_gradient(agent: nn.Module, args: Args, critic_only: bool, *minibatch: Tensor) -> Tensor:
     """Leaves the clipped gradient of the loss in the agent's parameters. --compile compiles this function."""
     loss, stats = ppo_loss(agent, args, critic_only, *minibatch)
     loss.backward()
@@ -379,7 +379,7 @@ def compute_gradient(agent: Agent, args: Args, critic_only: bool, *minibatch: Te
 
 
 def update(
-    agent: Agent, optimizer: Optimizer, gradient: Callable, args: Args, critic_only: bool, data: tuple[Tensor, ...]
+    agent: nn.Module, optimizer: Optimizer, gradient: Callable, args: Args, critic_only: bool, data: tuple[Tensor, ...]
 ) -> Tensor:
     """All epochs over one batch. Returns the mean of STATS over its minibatches."""
     history = []
@@ -396,7 +396,7 @@ def update(
 
 
 def learn(
-    agent: Agent, optimizer: Optimizer, gradient: Callable, args: Args, batch: Transitions, critic_only: bool
+    agent: nn.Module, optimizer: Optimizer, gradient: Callable, args: Args, batch: Transitions, critic_only: bool
 ) -> dict[str, float]:
     """Values, advantages and targets of a batch, then the update with them. Returns the train/ scalars."""
     # The first batch was sampled without statistics. Take them before the update, so that the networks never train on

@@ -68,14 +68,16 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any)
     return vec
 
 
-def make_training(args: Any) -> BatchEnv | GymVec:
-    """The environments to train in, with flat Boxes; a mistake in --eval-env-kwargs shows here too, not only later."""
+def make_training(args: Any, flat: bool = True, **more: Any) -> BatchEnv | GymVec:
+    """The environments to train in, with flat Boxes unless told otherwise, and with these arguments more; a mistake in
+    --eval-env-kwargs shows here too, not only later."""
     check_evaluation(args)
     if args.group_size > 1 and "copies" in args.env_kwargs:
         raise UserError("copies is not for --env-kwargs: --group-size sets it; leave it out")
     grouped = {"copies": args.group_size} if args.group_size > 1 else {}
-    vec = make_vec(args.env_id, args.num_envs, threads=args.threads, **grouped, **args.env_kwargs)
-    require_flat_box(vec)
+    vec = make_vec(args.env_id, args.num_envs, threads=args.threads, **grouped, **more, **args.env_kwargs)
+    if flat:
+        require_flat_box(vec)
     return vec
 
 

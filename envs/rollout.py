@@ -29,6 +29,11 @@ from envs.run import (
 # begin in these rows of the vector environment. One that needs other arguments of the environment than a learned
 # policy, such as an action mode, has them in env_kwargs.
 Policy = Callable[[Any], np.ndarray]
+RATES = ("success_rate", "failure_rate", "mean_return", "mean_length")
+LOWER_IS_BETTER = {
+    *("failure_rate", "pedestrian_collision", "obstacle_collision", "timeout", "near_misses", "force_exceed"),
+    *("comfort_exposure", "jerk", "time_to_goal", "total_cost", "lataccel_cost", "jerk_cost"),
+}
 ROWS = 24  # environments that an evaluation steps together; more would stand idle while the last episodes end
 
 
@@ -171,16 +176,30 @@ def summarize(results: list[dict]) -> dict:
     def mean(name: str) -> float | None:
         return None if results[0][name] is None else float(column(name).mean())
 
-    return {
+    own = [name for name in results[0] if name not in ("return", "length", "success", "failure")]
+    summary = {
         "mean_return": mean("return"),
         "std_return": float(column("return").std()),
         "mean_length": mean("length"),
         "std_length": float(column("length").std()),
         "success_rate": mean("success"),
         "failure_rate": mean("failure"),
-        "metrics": {name: mean(name) for name in results[0] if name not in ("return", "length", "success", "failure")},
+        "metrics": {name: mean(name) for name in own if not isinstance(results[0][name], str)},
         "per_episode": results,
     }
+    if "scenario" in own:
+        summary["per_scenario"] = by_scenario(results)
+    return summary
+
+
+def by_scenario(results: list[dict]) -> dict[str, dict]:
+    """{scenario: episodes, success and failure rate}, in the order of their names."""
+    table = {}
+    for name in sorted({result["scenario"] for result in results}):
+        those = [result for result in results if result["scenario"] == name]
+        rates = {f"{of}_rate": float(np.mean([result[of] for result in those])) for of in ("success", "failure")}
+        table[name] = {"episodes": len(those), **rates}
+    return table
 
 
 def describe(result: dict) -> str:
@@ -212,6 +231,24 @@ def score(result: dict) -> tuple[float, float]:
     return result["success_rate"] or 0.0, result["metrics"].get("score", result["mean_return"])
 
 
+def better(result: dict, best: dict, metric: str) -> bool:
+    """Whether an evaluation is better than the best so far by success_rate, failure_rate, mean_return or one of the
+    task's metrics; where they are equal, by `score`.
+
+    Raises:
+        UserError: there is no such metric.
+    """
+
+    def key(evaluation: dict) -> tuple:
+        values = {**evaluation, **evaluation["metrics"]}
+        known = [name for name in (*RATES, *evaluation["metrics"]) if values[name] is not None]
+        if metric not in known:
+            raise UserError(f"--best-metric {metric}: no such metric; there are {', '.join(known)}")
+        return (-values[metric] if metric in LOWER_IS_BETTER else values[metric]), score(evaluation)
+
+    return key(result) > key(best)
+
+
 def measure(policy: Policy, base_policy: Policy | None, args: Any) -> dict:
     """What --evaluate does: play the test split, with --compare-base also by the base alone, print, write --json."""
     compare_base = getattr(args, "compare_base", False)
@@ -236,6 +273,9 @@ def measure(policy: Policy, base_policy: Policy | None, args: Any) -> dict:
 def report(result: dict) -> None:
     """Print an evaluation, and the comparison in it if there is one."""
     print(f"{result['policy']}: {describe(result)}")
+    for name, row in result.get("per_scenario", {}).items():
+        rates = f"success {row['success_rate']:.3f}, failure {row['failure_rate']:.3f}"
+        print(f"  {name:45} {row['episodes']:4} episodes, {rates}")
     if "base" in result:
         gain = result["gain"]
         print(f"base alone: {describe(result['base'])}")
@@ -251,8 +291,9 @@ class Deployed:
         self.agent = deepcopy(agent).cpu().double()
 
     @torch.no_grad()
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
-        return self.agent(torch.as_tensor(obs, dtype=torch.float64)).numpy().astype(np.float32)
+    def __call__(self, obs: Any) -> np.ndarray:
+        parts = (torch.as_tensor(x) for x in (obs.values() if isinstance(obs, dict) else [obs]))
+        return self.agent(*(x.double() if x.is_floating_point() else x for x in parts)).numpy().astype(np.float32)
 
 
 class Zero:

@@ -367,18 +367,21 @@ def load_agent(agent: nn.Module, policy: dict, args: Any, source: str) -> None:
     agent.load_state_dict(theirs)
 
 
-def export_onnx(agent: nn.Module, obs_dim: int, path: Path, kind: str, env_kwargs: dict) -> None:
-    """The deployed policy, normaliser included: input obs (batch, obs_dim), output action. The kind (policy, residual)
-    and what in env_kwargs says how its actions are meant stand in the file's metadata."""
+def export_onnx(agent: nn.Module, obs: int | dict[str, Any], path: Path, kind: str, env_kwargs: dict) -> None:
+    """The deployed policy, normaliser included: input obs (batch, number of observations), or those of a dict of
+    observations (batch, ...) such as `obs`; output action. The kind (policy, residual) and what in env_kwargs says how
+    its actions are meant stand in the file's metadata."""
+    batches = {"obs": torch.zeros(2, obs)} if isinstance(obs, int) else {k: torch.as_tensor(x) for k, x in obs.items()}
+    inputs = {name: torch.zeros(2, *x.shape[1:], dtype=x.dtype) for name, x in batches.items()}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of a missing torchvision, which we do not need
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             deepcopy(agent).cpu().eval(),
-            (torch.zeros(2, obs_dim),),
-            input_names=["obs"],
+            tuple(inputs.values()),
+            input_names=[*inputs],
             output_names=["action"],
-            dynamic_shapes={"obs": {0: torch.export.Dim("batch")}},
+            dynamic_shapes={name: {0: torch.export.Dim("batch")} for name in inputs},
             dynamo=True,
             verbose=False,
         )
@@ -498,10 +501,10 @@ class Run:
         if self.wandb is not None:
             self.wandb.finish()
 
-    def finish(self, step: int, best: dict) -> dict:
-        """The run is complete."""
+    def finish(self, step: int, best: dict, **figures: Any) -> dict:
+        """The run is complete; figures go into the summary too."""
         best = {"step": best["step"], **{k: v for k, v in best["evaluation"].items() if k != "per_episode"}}
-        summary = self.summarize("completed", step, best=best)
+        summary = self.summarize("completed", step, best=best, **figures)
         self.finished = True
         success = "" if best["success_rate"] is None else f", success {best['success_rate']:.2f}"
         text = f"best policy at step {best['step']:,}: return {best['mean_return']:.2f}{success} (validation)"

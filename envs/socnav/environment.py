@@ -7,7 +7,7 @@ All environments of a batch are stepped together in torch, on the CPU or a GPU. 
 import functools
 import zlib
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -48,6 +48,33 @@ def load_world(
 def limited(vector: Tensor, reach: float) -> Tensor:
     """A vector (2, ...) in units of `reach`, shortened to length 1 where it is longer."""
     return vector / length(vector).clamp(min=reach)
+
+
+class Place(NamedTuple):
+    """What the world's tables say of the starts that n rows play."""
+
+    waypoints: Tensor  # (2, n, K + 1) m, of the route
+    along: Tensor  # (2, n, K) m, from each waypoint to the next
+    leg: Tensor  # (n, K) m, its length
+    arc: Tensor  # (n, K + 1) m, of the route up to each waypoint
+    rectangles: Tensor  # (4, n, R) m, what is solid
+    maps: Tensor  # (n,)
+    limit: Tensor  # (n,) steps
+    people: Tensor  # (n,) how many pedestrians there are
+
+
+def place_of(world: World, start: Tensor) -> Place:
+    maps = world.map.index_select(0, start)
+    return Place(
+        world.waypoints.index_select(1, start),
+        world.along.index_select(1, start),
+        world.leg_length.index_select(0, start),
+        world.arc.index_select(0, start),
+        world.rectangles.index_select(1, maps),
+        maps,
+        world.limit.index_select(0, start),
+        world.count.index_select(0, start),
+    )
 
 
 class SocNavGrid(BatchEnv):
@@ -116,11 +143,11 @@ class SocNavGrid(BatchEnv):
         self.robot, self.radius = make_robot(robot, allow_backwards), robot_radius
         channels = tuple(grid_channels.split(","))
         check(num_envs, channels, grid_size, grid_resolution, robot_radius, crowd_density, device)
-        on_gpu = torch.device(device).type != "cpu"
+        self.on_gpu = torch.device(device).type != "cpu"
         low, high = (np.array(bound, np.float32) for bound in (self.robot.low, self.robot.high))
         super().__init__(
             num_envs, observation_space(channels, grid_size), gym.spaces.Box(low, high), 1, training, split,
-            render_mode, device if on_gpu else None,
+            render_mode, device if self.on_gpu else None,
         )  # fmt: skip
         self.device = torch.device(device)
         self.world = load_world(split, training, scenario, pedestrians, crowd_density, device)
@@ -138,7 +165,8 @@ class SocNavGrid(BatchEnv):
         self.sums = torch.zeros(5, num_envs, device=self.device)  # near steps, forces, comfort, action change, way
         self.scale = torch.tensor((high - low) / 2, device=self.device)[:, None]
         self.names = np.array(self.world.names)
-        self.limit = self._out(self.world.limit[self.crowd.start])
+        self.place = place_of(self.world, self.crowd.start)
+        self.limit = self._out(self.place.limit)
         self.drawing = None
 
     def _out(self, x: Tensor) -> Array:
@@ -167,34 +195,36 @@ class SocNavGrid(BatchEnv):
         self.crowd.begin(rows, start)
         self.pose[:, rows] = self.world.pose[:, start]
         self.speed[:, rows], self.action[:, rows], self.arc[rows], self.sums[:, rows] = 0, 0, 0, 0
-        self.limit[self._out(rows)] = self._out(self.world.limit[start])
+        self._look_up()
+
+    def _look_up(self) -> None:
+        """What only changes with the starts."""
+        self.place = place_of(self.world, self.crowd.start)
+        self.limit = self._out(self.place.limit)
 
     # A step
 
     def advance(self, action: Array) -> tuple[Array, Array, dict[str, Array]]:
         action = torch.as_tensor(action, device=self.device).float().T.clamp(-self.scale, self.scale) / self.scale
         felt = self.crowd.step(self.pose)
-        before, self.pose, self.speed = (
-            self.pose,
-            *drive(self.robot, self.pose, self.speed, action * self.scale),
-        )
+        before, arc_before = self.pose, self.arc
+        self.pose, self.speed = drive(self.robot, before, self.speed, action * self.scale)
         way = length(self.pose[:2] - before[:2])
-        arc_before, self.arc = self.arc, self._arc()
+        self.arc = self._arc()
         to_pedestrian, to_wall = self._clearances()
         change, self.action = length(action - self.action), action
 
         pedestrian, wall = to_pedestrian <= 0, to_wall <= 0
         contact = pedestrian | wall
-        last = self.world.waypoints[:, self.crowd.start, -1]
-        goal = (length(self.pose[:2] - last) <= self.radius + GOAL_RADIUS) & ~contact
+        goal = (length(self.pose[:2] - self.place.waypoints[:, :, -1]) <= self.radius + GOAL_RADIUS) & ~contact
         ended = torch.as_tensor(self.episode_length + 1 >= self.limit, device=self.device)
         timeout = ended & ~goal & ~contact
         near = (to_pedestrian < metrics.NEAR) & ~pedestrian
-        people = self.world.count[self.crowd.start].clamp(min=1)
+        share = felt / self.place.people.clamp(min=1)
         progress = self.arc - arc_before
         terms = {
             "step": torch.ones_like(way),
-            "time": 1 / torch.as_tensor(self.limit, device=self.device),
+            "time": 1 / self.place.limit,
             "progress": progress.clamp(-1, 1),
             "goal": goal,
             "pedestrian_contact": pedestrian,
@@ -204,14 +234,14 @@ class SocNavGrid(BatchEnv):
             "near_wall": (1 - to_wall / metrics.NEAR_WALL).clamp(0, 1),
             "near_step": near,
             "force_exceed": felt,
-            "comfort": felt / people,
+            "comfort": share,
             "action_change": change,
             "action_change_squared": change.square(),
             "stagnation": progress <= 0,
             "backwards": -(DT * self.speed[0]).clamp(max=0),
         }
         reward = sum(weight * terms[name] for name, weight in self.weights.items())
-        self.sums += torch.stack([near, felt, felt / people, change, way])
+        self.sums += torch.stack([near, felt, share, change, way])
         done = goal | contact
         measured = {}
         if (done | ended).any():
@@ -220,28 +250,24 @@ class SocNavGrid(BatchEnv):
 
     def _arc(self) -> Tensor:
         """The place on the route (N,), m from its beginning, that is nearest to the robot, near the last one."""
-        start, world = self.crowd.start, self.world
-        along, leg = world.along[:, start], world.leg_length[start]
-        x = self.pose[:2, :, None] - world.waypoints[:, start, :-1]
-        share = ((x * along).sum(0) / leg.square().clamp(min=1e-9)).clamp(0, 1)
-        arc = world.arc[start, :-1] + share * leg
-        distance = length(x - share * along) + 1e4 * ((arc - self.arc[:, None]).abs() > WINDOW)
+        here = self.place
+        x = self.pose[:2, :, None] - here.waypoints[:, :, :-1]
+        share = ((x * here.along).sum(0) / here.leg.square().clamp(min=1e-9)).clamp(0, 1)
+        arc = here.arc[:, :-1] + share * here.leg
+        distance = length(x - share * here.along) + 1e4 * ((arc - self.arc[:, None]).abs() > WINDOW)
         return arc.gather(1, distance.argmin(1, keepdim=True)).squeeze(1)
 
     def _clearances(self) -> tuple[Tensor, Tensor]:
         """m between the robot's hull and the nearest pedestrian's, and the nearest wall, (N,) each."""
         distance = length(self.crowd.position - self.pose[:2, :, None]).amin(1)
-        rectangles = self.world.rectangles[:, self.world.map[self.crowd.start]]
-        _, to_rectangle = from_rectangles(self.pose[:2], rectangles)
+        _, to_rectangle = from_rectangles(self.pose[:2], self.place.rectangles)
         return distance - self.radius - PEDESTRIAN_RADIUS, to_rectangle.amin(1) - self.radius
 
     def _measure(self, goal: Tensor, pedestrian: Tensor, wall: Tensor, timeout: Tensor) -> dict[str, Array]:
         """The metrics of episodes, as if every row's ended now."""
-        start = self.crowd.start
-        steps, limit = self.episode_length + 1, self.world.limit[start]
-        steps = torch.as_tensor(steps, device=self.device)
+        steps, limit = torch.as_tensor(self.episode_length + 1, device=self.device), self.place.limit
         near, felt, comfort, change, way = self.sums
-        shortest = self.world.arc[start, -1] - self.radius - GOAL_RADIUS
+        shortest = self.place.arc[:, -1] - self.radius - GOAL_RADIUS
         found = {
             "is_success": goal,
             "is_failure": pedestrian | wall,
@@ -259,14 +285,16 @@ class SocNavGrid(BatchEnv):
         values["success"], values["collisions"] = values["is_success"], values["is_failure"]
         values["time"] = values["time_to_goal"] / (DT * limit.cpu().numpy())
         snqi = torch.as_tensor(metrics.snqi(values, self.snqi), device=self.device)
-        names = self.names[self.world.map[start].cpu().numpy()]
+        names = self.names[self.place.maps.cpu().numpy()]
         return {"scenario": names, **{name: self._out(x) for name, x in {**found, "snqi": snqi}.items()}}
 
     # What the robot sees
 
     def observe(self, rows: Array) -> dict[str, Array]:
         rows = torch.as_tensor(rows, device=self.device)
-        pose, start = self.pose[:, rows], self.crowd.start[rows]
+        everywhere = len(rows) == self.num_envs
+        here = self.place if everywhere else place_of(self.world, self.crowd.start[rows])
+        pose = self.pose[:, rows]
         cos, sin = (
             torch.cos(pose[2]),
             -torch.sin(pose[2]),
@@ -274,7 +302,7 @@ class SocNavGrid(BatchEnv):
         speed = self.speed[:, rows]
         robot = [speed[0] / self.robot.max_speed, speed[1] / self.robot.max_turn_rate, *self.action[:, rows]]
 
-        points, remaining = self._points(pose, start, self.arc[rows])
+        points, remaining = self._points(pose, here, self.arc[rows])
         points = limited(rotate(points, cos[:, None], sin[:, None]), GOAL_RANGE)  # (2, n, 3)
         goal = torch.cat([points.permute(1, 2, 0).flatten(1), remaining[:, None]], dim=1)
 
@@ -283,7 +311,7 @@ class SocNavGrid(BatchEnv):
         velocity = rotate(self.crowd.velocity[:, rows], cos[:, None], sin[:, None])
         order = position.square().sum(0).argsort(dim=1)[:, :NEAREST]
         people = torch.stack([*limited(position, PEDESTRIAN_RANGE), *(velocity / PEDESTRIAN_SPEED).clamp(-1, 1)], -1)
-        count = self.world.count[start].clamp(max=NEAREST)
+        count = here.people.clamp(max=NEAREST)
         people = people.gather(1, order[..., None].expand(-1, -1, 4))
         present = torch.arange(order.shape[1], device=self.device) < count[:, None]
         pedestrians = torch.zeros(len(rows), NEAREST, 4, device=self.device)
@@ -294,24 +322,22 @@ class SocNavGrid(BatchEnv):
             "goal": self._out(goal),
             "pedestrians": self._out(pedestrians),
             "count": self._out(count[:, None].to(torch.uint8)),
-            "grid": self._out(self.grid(self.world.map[start], pose, position)),
+            "grid": self._out(self.grid(here.maps, pose, position)),
         }
 
-    def _points(self, pose: Tensor, start: Tensor, arc: Tensor) -> tuple[Tensor, Tensor]:
+    def _points(self, pose: Tensor, here: Place, arc: Tensor) -> tuple[Tensor, Tensor]:
         """From the robots to the current waypoint, the next, the point 3 m ahead (2, n, 3); what is left to drive."""
-        world, last = self.world, self.world.arc.shape[1] - 1
-        arcs = world.arc[start]
-        passed = (arcs[:, 1:] <= arc[:, None] + self.radius + GOAL_RADIUS).sum(1) + 1
+        last, end = here.leg.shape[1], here.arc[:, -1]
+        passed = (here.arc[:, 1:] <= arc[:, None] + self.radius + GOAL_RADIUS).sum(1) + 1
         current = torch.stack([passed, passed + 1], dim=1).clamp(max=last)
-        waypoints = world.waypoints[:, start]  # (2, n, K + 1)
-        seen = waypoints.gather(2, current.expand(2, -1, -1))
-        ahead = torch.minimum(arc + LOOK_AHEAD, arcs[:, -1])
-        leg = (arcs[:, 1:] <= ahead[:, None]).sum(1).clamp(max=last - 1)[:, None]
-        along = world.along[:, start].gather(2, leg.expand(2, -1, -1))
-        share = (ahead[:, None] - arcs.gather(1, leg)) / world.leg_length[start].gather(1, leg).clamp(min=1e-6)
-        point = waypoints.gather(2, leg.expand(2, -1, -1)) + share.clamp(0, 1) * along
+        seen = here.waypoints.gather(2, current.expand(2, -1, -1))
+        ahead = torch.minimum(arc + LOOK_AHEAD, end)
+        leg = (here.arc[:, 1:] <= ahead[:, None]).sum(1).clamp(max=last - 1)[:, None]
+        share = (ahead[:, None] - here.arc.gather(1, leg)) / here.leg.gather(1, leg).clamp(min=1e-6)
+        leg = leg.expand(2, -1, -1)
+        point = here.waypoints.gather(2, leg) + share.clamp(0, 1) * here.along.gather(2, leg)
         points = torch.cat([seen, point], dim=2) - pose[:2, :, None]
-        return points, ((arcs[:, -1] - arc) / REMAINING).clamp(0, 1)
+        return points, ((end - arc) / REMAINING).clamp(0, 1)
 
     # Snapshots and pictures
 
@@ -322,7 +348,7 @@ class SocNavGrid(BatchEnv):
         checksum = zlib.crc32(self.world.pose.cpu().numpy().tobytes() + " ".join(self.names).encode())
         return {
             **{name: self._out(x) for name, x in {**mine, **theirs}.items()},
-            **{"limit": self.limit, "upcoming": self.upcoming, "world": np.array([checksum])},
+            **{"upcoming": self.upcoming, "world": np.array([checksum])},
         }
 
     def load_state_dict(self, state: dict) -> dict:
@@ -330,6 +356,7 @@ class SocNavGrid(BatchEnv):
             raise UserError("the run drove through other scenarios; use the version and the arguments that it had")
         super().load_state_dict(state)
         self.crowd.index()
+        self._look_up()
         return self.observe(np.arange(self.num_envs))
 
 

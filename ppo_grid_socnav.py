@@ -1,0 +1,665 @@
+"""PPO for a robot among people, in one file: PyTorch, an occupancy grid and a set of pedestrians.
+
+The same PPO as in ppo_continuous.py (Schulman et al. 2017) learns to drive through crowds, doorways and corridors. What
+is new is what stands between the observation and the network:
+
+    grid          64 x 64 cells around the robot -> ranges along rays, or convolutions
+    pedestrians   a set: the same small network looks at each, and max and sum make its answers one vector
+    robot, goal   as they are
+
+Ranges are read from the grid by a fixed table, so on a CPU they cost next to nothing; convolutions are the published
+design, for a GPU and long runs.
+
+  train     python ppo_grid_socnav.py                               (10 million steps; 3 million are nearly as good)
+  resume    python ppo_grid_socnav.py --resume runs/<run>
+  evaluate  python ppo_grid_socnav.py --evaluate runs/<run> --eval-episodes 270        (or: --evaluate pursuit-stop)
+  one place python ppo_grid_socnav.py --evaluate runs/<run> --env-kwargs scenario francis2023_blind_corner
+  rewards   python ppo_grid_socnav.py --reward snqi_step [--reward-weights FILE]
+  deploy    runs/<run>/policy.onnx: robot, goal, pedestrians, count, grid -> action in the environment's units
+"""
+
+from collections import deque
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from math import log, pi, sqrt
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium.spaces import Dict
+from gymnasium.vector import VectorEnv
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import envs
+from envs import command, rollout, run
+from envs.rollout import Deployed, as_numpy
+from envs.run import require_finite
+
+
+@dataclass
+class Args:
+    env_id: str = "SocNavGrid-v0"
+    """environment, with the observations of SocNavGrid-v0"""
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """arguments of the environment, KEY VALUE ..."""
+    eval_env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """arguments for evaluation only, on top of --env-kwargs"""
+    seed: int = 1
+    """seed of the networks, the environments and the minibatch order"""
+    total_timesteps: int = 10_000_000
+    """environment steps, counted over all environments; an action repeat makes several with one action"""
+    num_envs: int | Literal["auto"] = "auto"
+    """environments stepped in parallel; auto is 256, on a GPU 2048"""
+    num_steps: int = 32
+    """steps per environment between two updates"""
+
+    grid_encoder: Literal["rays", "cnn"] = "rays"
+    """what reads the grid: a fixed table of rays (fast), or a convolutional network (the published design)"""
+    rays: int = 36
+    """with rays: ranges read from each plane of obstacles"""
+    cnn_channels: tuple[int, ...] = (32, 64, 64)
+    """with cnn: channels of its three layers"""
+    people: int = 8
+    """nearest pedestrians that the policy looks at"""
+    set_units: int = 16
+    """units of the network that looks at each of them"""
+    reward: str = "route_completion"
+    """reward of training: simple, punish_action, snqi_step or route_completion; evaluations pay simple"""
+    reward_weights: str | None = None
+    """JSON file {term: weight} that changes the weights of the reward"""
+
+    learning_rate: float = 5e-4
+    """learning rate of Adam; usually 1e-4 to 1e-3"""
+    anneal_lr: bool = True
+    """lower the learning rate linearly to zero over the run"""
+    weight_decay: float = 0.0
+    """decoupled weight decay (AdamW); 0 is Adam"""
+    minibatch_size: int = 2048
+    """transitions per gradient step; must divide num_envs * num_steps"""
+    update_epochs: int = 4
+    """passes over each batch; usually 3 to 10"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation; 0 is one-step TD, 1 is Monte Carlo"""
+    clip_coef: float = 0.2
+    """how far the probability ratio may move before its gradient is cut; usually 0.1 to 0.3"""
+    clip_value: bool = False
+    """also clip the change of the value estimate"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient"""
+    target_kl: float | None = None
+    """stop an update once the policy has moved further than this; usually 0.01 to 0.05"""
+    norm_obs: bool = False
+    """normalise observations by their running mean and standard deviation"""
+    norm_reward: bool = False
+    """divide rewards by the running standard deviation of the discounted return"""
+    norm_adv: bool = True
+    """normalise advantages within each minibatch"""
+    group_size: int = 1
+    """environments in the same situation, whose mean advantage is subtracted; 1 for none"""
+    init_log_std: float = -0.7
+    """logarithm of the initial standard deviation of the policy"""
+    final_log_std: float | None = None
+    """move the log standard deviation linearly to this over the run, instead of learning it"""
+    hidden_sizes: tuple[int, ...] = (128, 128)
+    """units in the hidden layers of actor and critic"""
+    critic_warmup: int = 0
+    """first updates that change the critic alone, for a policy that starts from --pretrained"""
+
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """where the networks live; auto takes a GPU if there is one, but for networks this small the CPU is faster"""
+    threads: int = 1
+    """CPU threads of our simulators; PyTorch keeps to one, with which networks this small are fastest"""
+    compile: bool = False
+    """compile the gradient step with torch.compile (needs a C++ compiler)"""
+    deterministic: bool = False
+    """refuse GPU operations whose result may differ between runs"""
+
+    eval_every: int = 500_000
+    """steps between two evaluations on the validation split; the best one gives best.pt; 0 for only one at the end"""
+    eval_episodes: int = 100
+    """episodes of an evaluation; 0 for all, where a split has a fixed number"""
+    eval_slow_after: int = 3_000_000
+    """step from which evaluations are twice as far apart"""
+    eval_seed: int = 1
+    """seed of the evaluation episodes; those of training and of the three splits never coincide"""
+    best_metric: str = "success_rate"
+    """what best.pt is chosen by: success_rate, failure_rate, mean_return, or a metric of the task such as snqi"""
+    stop_at_convergence: bool = False
+    """end the run once three evaluations in a row had success >= 0.9 and failure <= 0.05"""
+    checkpoint_every: int = 500_000
+    """steps between two files in checkpoints/; 0 for none"""
+    run_root: str = "runs"
+    """directory that holds the runs"""
+    run_name: str | None = None
+    """name of the run's directory instead of <script>__<environment>__seed<seed>__<time>"""
+    config: str | None = None
+    """JSON file of settings to start from, such as a run's config.json"""
+    resume: str | None = None
+    """checkpoint or run directory to continue, bit for bit; only the total may grow and the place may change"""
+    pretrained: str | None = None
+    """policy file or run to start from, such as a clone: actor, critic and normaliser; the optimiser starts fresh"""
+    track: bool = False
+    """also log to Weights & Biases (offline without a login)"""
+    capture_video: bool = False
+    """record the first episode of each evaluation as videos/*.mp4"""
+    dry_run: bool = False
+    """one rollout, one update, one evaluation of two episodes, all files"""
+
+    evaluate: str | None = None
+    """no training: measure a policy file, a run (its best.pt), pursuit, pursuit-stop or PATH.onnx on the test split"""
+    json: str | None = None
+    """with --evaluate: write the result to this file"""
+    render: Literal["human"] | None = None
+    """with --evaluate: watch it in a window"""
+
+    @classmethod
+    def tuned(cls, grid_encoder: str = "rays", **overrides: Any) -> "Args":
+        """The settings tuned for an encoder, as the command line takes them; overrides win."""
+        return cls(**{"grid_encoder": grid_encoder, **TUNED.get(grid_encoder, {}), **overrides})
+
+
+# {encoder: settings that differ from the defaults above}; --grid-encoder X --help shows the values in force.
+TUNED: dict[str, dict] = {
+    "rays": {"env_kwargs": {"grid_channels": "obstacles,near"}},
+}
+
+
+class Normalizer(nn.Module):
+    """Shifts and scales by a running mean and variance. They are buffers: the state_dict, the policy files and the ONNX
+    file contain them, and they stand still unless update is called."""
+
+    def __init__(self, shape: tuple[int, ...] = ()):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-10, 10)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Merge a batch's mean and variance into the running ones (Chan et al. 1979); x: (batch, *shape)."""
+        n, total = len(x), self.count + len(x)
+        var, mean = torch.var_mean(x, dim=0, correction=0)
+        delta = mean - self.mean
+        self.var.copy_((self.var * self.count + var * n + delta.square() * self.count * n / total) / total)
+        self.mean.add_(delta * n / total)
+        self.count.add_(n)
+
+
+class VectorNormalizer(Normalizer):
+    """Normalises the first part of a row (robot, goal, ranges); pedestrians and cells have their scale."""
+
+    def __init__(self, sizes: list[int]):
+        super().__init__((sum(sizes),))
+        self.size = sizes[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super().forward(x)[..., : self.size], x[..., self.size :]], dim=-1)
+
+
+class RewardScaler(nn.Module):
+    """Divides rewards by the running standard deviation of the discounted return so far, R <- gamma R + r."""
+
+    def __init__(self, num_envs: int, gamma: float):
+        super().__init__()
+        self.gamma, self.stats = gamma, Normalizer()
+        self.register_buffer("returns", torch.zeros(num_envs))
+
+    def forward(self, reward: Tensor, done: Tensor) -> Tensor:
+        """reward, done: (T, N) -> scaled reward (T, N)."""
+        returns, following = [], self.returns
+        for r, ended in zip(reward, done):
+            returns.append(self.gamma * following + r)
+            following = returns[-1] * ~ended  # the next episode starts from zero
+        self.returns.copy_(following)
+        self.stats.update(torch.cat(returns))
+        return (reward * torch.rsqrt(self.stats.var + 1e-8)).clamp(-10, 10)
+
+
+def mlp(sizes: list[int], gain: float) -> nn.Sequential:
+    """Linear layers with tanh between them; orthogonal weights, scaled by `gain` in the last."""
+    layers: list[nn.Module] = []
+    for n_in, n_out in pairwise(sizes):
+        layer = nn.Linear(n_in, n_out)
+        nn.init.orthogonal_(layer.weight, sqrt(2))
+        nn.init.zeros_(layer.bias)
+        layers += [layer, nn.Tanh()]
+    nn.init.orthogonal_(layer.weight, gain)
+    return nn.Sequential(*layers[:-1])
+
+
+class Encoder(nn.Module):
+    """What actor and critic, each with one of its own, make of a row (..., obs_dim) that GridAgent.see has written."""
+
+    def __init__(self, agent: "GridAgent", args: Args):
+        super().__init__()
+        self.sizes, self.planes, self.size = agent.sizes, agent.planes, agent.size
+        units = args.set_units
+        self.person = nn.Sequential(nn.Linear(PERSON, units), nn.ReLU(), nn.Linear(units, units), nn.ReLU())
+        features = self.sizes[0] + 2 * units
+        if args.grid_encoder == "cnn":
+            layers, channels = [], len(self.planes)
+            for out, kernel in zip(args.cnn_channels, (5, 3, 3)):
+                layers += [nn.Conv2d(channels, out, kernel, stride=2, padding=kernel // 2), nn.ReLU()]
+                channels = out
+            self.cnn = nn.Sequential(*layers, nn.Flatten())
+            features += self.cnn(torch.zeros(1, len(self.planes), self.size, self.size)).shape[1]
+        self.features = features
+
+    def forward(self, row: Tensor) -> Tensor:
+        vector, people, cells = row.split(self.sizes, dim=-1)
+        people = people.unflatten(-1, (-1, PERSON))
+        # A set has no order: the same for each, then the largest and the sum; those who are not there count nothing
+        each = self.person(people) * people[..., -1:]
+        parts = [vector, each.amax(-2), each.sum(-2)]
+        if cells.shape[-1]:
+            images = unpack(cells).reshape(-1, len(self.planes), self.size, self.size)
+            parts.append(self.cnn(images.to(row)).reshape(*row.shape[:-1], -1))
+        return torch.cat(parts, dim=-1)
+
+
+def pack(cells: Tensor) -> Tensor:
+    """Cells of 0 and 1 (..., C), eight to a number from 0 to 255: (..., C / 8). A rollout keeps a grid that way."""
+    bits = 2 ** torch.arange(8, device=cells.device)
+    return (cells.unflatten(-1, (-1, 8)) * bits).sum(-1)
+
+
+def unpack(numbers: Tensor) -> Tensor:
+    """The cells again."""
+    bits = torch.arange(8, device=numbers.device)
+    return (numbers.int().unsqueeze(-1) >> bits).bitwise_and(1).flatten(-2)
+
+
+def ray_table(size: int, rays: int) -> Tensor:
+    """Cells that each ray crosses, from the middle of the grid outwards: int64 (rays, size / 2) indices into a plane."""
+    angle = 2 * pi * torch.arange(rays, dtype=torch.float64)[:, None] / rays
+    distance = torch.arange(size // 2, dtype=torch.float64) + 0.5  # in cells
+    column, row = ((size / 2 + distance * part).floor().long() for part in (angle.cos(), angle.sin()))
+    return row * size + column
+
+
+SEEN = ("robot", "goal", "pedestrians", "count", "grid")
+PERSON = 6  # numbers about a pedestrian: position (2), velocity (2), closeness, presence
+
+
+class GridAgent(nn.Module):
+    """A Gaussian policy and a value function of what `see` makes of an observation, a row (..., obs_dim)."""
+
+    def __init__(self, space: Dict, low: np.ndarray, high: np.ndarray, channels: tuple[str, ...], args: Args):
+        super().__init__()
+        self.people, self.size = min(args.people, space["pedestrians"].shape[0]), space["grid"].shape[-1]
+        # Rays read each plane of obstacles; convolutions all planes but `combined`, which is two others in one
+        rays = args.grid_encoder == "rays"
+        kinds = ("obstacles", "near") if rays else ("obstacles", "near", "pedestrians")
+        self.planes = [k for k, name in enumerate(channels) if name in kinds]
+        self.register_buffer("table", ray_table(self.size, args.rays), persistent=False)
+        vector = space["robot"].shape[0] + space["goal"].shape[0] + rays * args.rays * len(self.planes)
+        cells = 0 if rays else len(self.planes) * self.size**2 // 8
+        self.sizes = [vector, self.people * PERSON, cells]
+        self.normalizer = VectorNormalizer(self.sizes) if args.norm_obs else nn.Identity()
+        self.actor = self.network(args, len(low), gain=0.01)  # starts near zero
+        self.critic = self.network(args, 1, gain=1.0)
+        self.log_std = nn.Parameter(torch.full((len(low),), args.init_log_std))
+        self.weights = list(self.parameters())  # listed once: to search the modules takes 3 % of a gradient step
+        self.register_buffer("center", torch.as_tensor((high + low) / 2))
+        self.register_buffer("scale", torch.as_tensor((high - low) / 2))
+
+    def network(self, args: Args, outputs: int, gain: float) -> nn.Sequential:
+        encoder = Encoder(self, args)
+        return nn.Sequential(encoder, mlp([encoder.features, *args.hidden_sizes, outputs], gain))
+
+    def see(self, obs: dict[str, Tensor]) -> Tensor:
+        """What the policy looks at, as one row (N, obs_dim). Nothing here is learned, so it is done once, as an
+        observation arrives."""
+        robot, goal, pedestrians, count, grid = (obs[name] for name in SEEN)
+        position, velocity = pedestrians[:, : self.people].split(2, dim=-1)
+        position, velocity = 4 * position, 2 * velocity  # in units of 4 m and of 1 m/s
+        closeness = 1 / (1 + 4 * position.square().sum(-1, keepdim=True).sqrt())
+        present = (torch.arange(self.people, device=robot.device) < count).unsqueeze(-1).to(robot)
+        people = torch.cat([position, velocity, closeness, torch.ones_like(closeness)], dim=-1) * present
+        planes = grid[:, self.planes]
+        if self.sizes[2]:
+            return torch.cat([robot, goal, people.flatten(1), pack(planes.flatten(1)).to(robot)], dim=1)
+        return torch.cat([robot, goal, self.closeness(planes).to(robot), people.flatten(1)], dim=1)
+
+    def closeness(self, planes: Tensor) -> Tensor:
+        """Along each ray of each plane, 1 for a solid cell beside the robot down to 0 for none: (N, planes * rays)."""
+        reach = self.table.shape[1]
+        planes = planes.flatten(2)
+        crossed = planes.gather(2, self.table.flatten().expand(*planes.shape[:2], -1)).unflatten(2, self.table.shape)
+        first = (crossed * torch.arange(reach, 0, -1, dtype=torch.uint8, device=planes.device)).amax(-1)
+        return first.flatten(1) / reach
+
+    def forward(self, robot: Tensor, goal: Tensor, pedestrians: Tensor, count: Tensor, grid: Tensor) -> Tensor:
+        """The deployed policy: the most likely action for a raw observation, inside the environment's bounds."""
+        row = self.see(dict(zip(SEEN, (robot, goal, pedestrians, count, grid))))
+        return self.bounded(self.actor(self.normalizer(row)))
+
+    def bounded(self, action: Tensor) -> Tensor:
+        """The Gaussian's own units, where [-1, 1] is the whole range, to the environment's, inside its bounds."""
+        return self.center + self.scale * action.clamp(-1, 1)
+
+    def sample(self, obs: Tensor) -> Tensor:
+        mean = self.actor(self.normalizer(obs))
+        return mean + self.log_std.exp() * torch.randn_like(mean)
+
+    def value(self, obs: Tensor) -> Tensor:
+        return self.critic(self.normalizer(obs)).squeeze(-1)
+
+    def evaluate_actions(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log pi(action | obs) (...), the policy's entropy () and V(obs) (...)."""
+        obs = self.normalizer(obs)
+        # log N(a; mu, sigma) = -z^2 / 2 - log sigma - log(2 pi) / 2 with z = (a - mu) / sigma, summed over components
+        z = (action - self.actor(obs)) / self.log_std.exp()
+        log_scale = (self.log_std + 0.5 * log(2 * pi)).sum()
+        logprob = -0.5 * z.square().sum(-1) - log_scale
+        entropy = log_scale + 0.5 * len(self.log_std)
+        return logprob, entropy, self.critic(obs).squeeze(-1)
+
+
+class Transitions(NamedTuple):
+    """The transitions of one rollout, each field (T, N, ...); index t holds transition t only."""
+
+    obs: Tensor
+    action: Tensor  # as it was drawn, unclipped: that is what its log-probability belongs to
+    next_obs: Tensor  # where the action led, never the first observation of the next episode
+    reward: Tensor
+    terminated: Tensor
+    done: Tensor  # terminated or truncated
+
+
+@torch.no_grad()
+def collect(
+    agent: GridAgent, vec: VectorEnv, args: Args, obs: Tensor, step: int, device: torch.device
+) -> tuple[Transitions, Tensor, list[dict]]:
+    """Play num_steps steps in every environment from what it sees, obs (N, obs_dim), on. Returns the batch, the next
+    obs, finished episodes."""
+    transitions, episodes = [], []
+    for _ in range(args.num_steps):
+        action = agent.sample(obs)
+        bounded = agent.bounded(action)
+        new, reward, terminated, truncated, info = vec.step(bounded if vec.on_gpu else bounded.cpu().numpy())
+        new_obs = agent.see(tensors(new, device))
+        step += vec.num_envs
+        require_finite("observation", as_numpy(new_obs), step)
+        require_finite("reward", as_numpy(reward), step)
+
+        reward, terminated, truncated = (torch.as_tensor(x, device=device) for x in (reward, terminated, truncated))
+        done, next_obs = terminated | truncated, new_obs
+        if done.any():
+            next_obs = torch.where(done[:, None], agent.see(tensors(info["final_obs"], device)), new_obs)
+            require_finite("final observation", as_numpy(next_obs), step)
+            episodes += [{"step": step, **rollout.episode_result(info, i)} for i in done.nonzero().flatten().tolist()]
+        transitions.append((obs, action, next_obs, reward, terminated, done))
+        obs = new_obs
+    return Transitions(*map(torch.stack, zip(*transitions))), obs, episodes
+
+
+def tensors(obs: dict, device: torch.device) -> dict[str, Tensor]:
+    """An observation as tensors on the device; without a copy where they are already."""
+    return {name: torch.as_tensor(x, device=device) for name, x in obs.items()}
+
+
+def gae(
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float
+) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016) (T, N) from fields (T, N).
+
+    next_value[t] is V of the state that action t led to, also at the end of an episode: a time limit bootstraps like
+    any other step, and only a terminal state is worth zero."""
+    # delta_t = r_t + gamma V(s_t+1) - V(s_t), with V = 0 after a terminal state
+    delta = reward + gamma * next_value * ~terminated - value
+    # A_t = delta_t + gamma lambda A_t+1, cut where the episode ended
+    decay = gamma * gae_lambda * (~done).to(delta)
+    advantage, following = torch.zeros_like(delta), torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        advantage[t] = following = delta[t] + decay[t] * following
+    return advantage
+
+
+def group_mean(advantage: Tensor, group_size: int) -> Tensor:
+    """At each step the mean over the group_size neighbours that are in the same situation, (T, N) -> (T, N).
+
+    Without it an advantage says what one's own actions made better than the others' did: what befalls all goes out."""
+    return advantage.unflatten(1, (-1, group_size)).mean(2).repeat_interleave(group_size, dim=1)
+
+
+STATS = ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction")
+
+
+def ppo_loss(agent: nn.Module, args: Args, critic_only: bool, *minibatch: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of one minibatch, and the statistics named in STATS. With critic_only it is the critic's part alone."""
+    obs, action, old_logprob, advantage, target, old_value = minibatch
+    logprob, entropy, value = agent.evaluate_actions(obs, action)
+    # r = pi(a | s) / pi_old(a | s)
+    log_ratio = logprob - old_logprob
+    ratio = log_ratio.exp()
+
+    # L_clip = E[min(r A, clip(r, 1 - eps, 1 + eps) A)]
+    if args.norm_adv:
+        std, mean = torch.std_mean(advantage)
+        advantage = (advantage - mean) / (std + 1e-8)
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -torch.min(advantage * ratio, advantage * clipped_ratio).mean()
+
+    # L_value = E[(V - target)^2] / 2; with clipping the larger of the errors with V and with V kept near its old value
+    value_error = (value - target).square()
+    if args.clip_value:
+        clipped_value = value.clamp(old_value - args.clip_coef, old_value + args.clip_coef)
+        value_error = torch.max(value_error, (clipped_value - target).square())
+    value_loss = 0.5 * value_error.mean()
+
+    # L = L_policy + c_v L_value - c_e H[pi]
+    loss = args.vf_coef * value_loss
+    if not critic_only:
+        loss = loss + policy_loss
+        if args.ent_coef > 0:
+            loss = loss - args.ent_coef * entropy
+    with torch.no_grad():
+        approx_kl = (ratio - 1 - log_ratio).mean()  # unbiased and never negative: http://joschu.net/blog/kl-approx.html
+        clip_fraction = (ratio != clipped_ratio).float().mean()
+        return loss, torch.stack([policy_loss, value_loss, -entropy, approx_kl, clip_fraction])
+
+
+def compute_gradient(agent: nn.Module, args: Args, critic_only: bool, *minibatch: Tensor) -> Tensor:
+    """Leaves the clipped gradient of the loss in the agent's parameters. --compile compiles this function."""
+    loss, stats = ppo_loss(agent, args, critic_only, *minibatch)
+    loss.backward()
+    nn.utils.clip_grad_norm_(agent.weights, args.max_grad_norm, foreach=False)  # the loop compiles to faster code
+    return stats
+
+
+def update(
+    agent: nn.Module, optimizer: Optimizer, gradient: Callable, args: Args, critic_only: bool, data: tuple[Tensor, ...]
+) -> Tensor:
+    """All epochs over one batch. Returns the mean of STATS over its minibatches."""
+    history = []
+    for _ in range(args.update_epochs):
+        order = torch.randperm(len(data[0]), device=data[0].device)
+        for minibatch in zip(*(x[order].split(args.minibatch_size) for x in data)):
+            optimizer.zero_grad()
+            stats = gradient(agent, args, critic_only, *minibatch)
+            history.append(stats)
+            if args.target_kl is not None and stats[STATS.index("approx_kl")] > args.target_kl:
+                return torch.stack(history).mean(0)
+            optimizer.step()
+    return torch.stack(history).mean(0)
+
+
+def learn(
+    agent: nn.Module, optimizer: Optimizer, gradient: Callable, args: Args, batch: Transitions, critic_only: bool
+) -> dict[str, float]:
+    """Values, advantages and targets of a batch, then the update with them. Returns the train/ scalars."""
+    # The first batch was sampled without statistics. Take them before the update, so that the networks never train on
+    # raw scales; the policy that sampled was near zero all the same (its last layer begins with gain 0.01).
+    first = args.norm_obs and agent.normalizer.count == 0
+    if first:
+        agent.normalizer.update(batch.obs.flatten(0, 1))
+
+    with torch.no_grad():
+        logprob, _, value = agent.evaluate_actions(batch.obs, batch.action)
+        next_value = agent.value(batch.next_obs)
+    advantage = gae(batch.reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
+    target = advantage + value
+    if args.group_size > 1:
+        advantage = advantage - group_mean(advantage, args.group_size)
+    data = tuple(x.flatten(0, 1) for x in (batch.obs, batch.action, logprob, advantage, target, value))
+    stats = update(agent, optimizer, gradient, args, critic_only, data)
+
+    # Only now, so that old and new log-probabilities saw the same observations; not while the policy must stand still
+    if args.norm_obs and not first and not critic_only:
+        agent.normalizer.update(batch.obs.flatten(0, 1))
+    return {
+        **{f"train/{name}": x for name, x in zip(STATS, stats.tolist(), strict=True)},
+        "train/explained_variance": 1 - ((target - value).var() / target.var()).item(),
+        "train/learning_rate": optimizer.param_groups[0]["lr"],
+    }
+
+
+def make_agent(vec: VectorEnv, args: Args) -> GridAgent:
+    space = vec.single_action_space
+    return GridAgent(vec.single_observation_space, space.low, space.high, vec.grid.channels, args)
+
+
+def settle(args: Args) -> Args:
+    """With what `auto` stands for, and the reward among the arguments of the environment."""
+    if args.num_envs == "auto":
+        on_gpu = args.device != "cpu" and torch.cuda.is_available()
+        args = replace(args, num_envs=2048 if on_gpu else 256)
+    reward = {"reward": args.reward}
+    if args.reward_weights is not None:
+        reward["reward_weights"] = args.reward_weights
+    return replace(args, env_kwargs={**args.env_kwargs, **reward})
+
+
+def evaluation_due(args: Args, step: int, batch_size: int) -> bool:
+    return run.due(args.eval_every * (1 + (step > args.eval_slow_after)), step, batch_size)
+
+
+CONVERGED = {"success_rate": 0.9, "failure_rate": 0.05, "evaluations": 3}
+
+
+def converged_at(evaluations: list[dict]) -> int | None:
+    """The step of the first of three evaluations in a row with success >= 0.9 and failure <= 0.05; None without."""
+    row: list[int] = []
+    for e in evaluations:
+        good = e["success_rate"] >= CONVERGED["success_rate"] and e["failure_rate"] <= CONVERGED["failure_rate"]
+        row = [*row, e["step"]] if good else []
+        if len(row) == CONVERGED["evaluations"]:
+            return row[0]
+    return None
+
+
+def train(args: Args) -> dict:
+    """Run PPO as args say. Returns what summary.json holds.
+
+    Raises:
+        UserError: args, a file they name or the environment cannot work.
+        FloatingPointError: observations, rewards, losses or parameters are not finite.
+    """
+    args = command.checked(settle(args))
+    batch_size = command.steps_per_rollout(args)
+    iterations = args.total_timesteps // batch_size
+    resumed = command.load_to_resume(args, iterations * batch_size, kind="policy")
+    device = run.prepare_torch(args)
+    vec = envs.make_training(args, flat=False, device=device.type)
+    agent = make_agent(vec, args).to(device)
+    adam = {"lr": args.learning_rate, "eps": 1e-5, "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(agent.parameters(), **adam)
+    scaler = RewardScaler(args.num_envs, args.gamma).to(device)
+    gradient = run.compiled(compute_gradient) if args.compile else compute_gradient
+    first, _ = vec.reset(seed=args.seed)
+    step, best, recent, evaluations = 0, None, deque(maxlen=100), []
+
+    if resumed is not None:
+        run.load_agent(agent, resumed, args, args.resume)
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["reward_scaler"])
+        step, best, evaluations = resumed["step"], resumed["best"], resumed["evaluations"]
+        recent.extend(resumed["recent"])
+        first = vec.load_state_dict(resumed["envs"])
+        run.set_rng_state(resumed["rng"])
+    elif args.pretrained is not None:
+        run.load_agent(agent, run.load_policy(args.pretrained, kind="policy"), args, args.pretrained)
+    obs = agent.see(tensors(first, device))
+
+    def checkpoint() -> dict:
+        return {
+            # this part is a policy file
+            "kind": "policy", "env_id": args.env_id, "env_kwargs": args.env_kwargs, "args": asdict(args),
+            "agent": agent.state_dict(), "step": step,
+            # and the rest is what resuming needs
+            "optimizer": optimizer.state_dict(), "reward_scaler": scaler.state_dict(), "evaluations": evaluations,
+            "envs": vec.state_dict(), "recent": list(recent), "best": best, "rng": run.rng_state(),
+        }  # fmt: skip
+
+    with run.Run("ppo_grid_socnav", args, device, resumed, iterations * batch_size) as record:
+        for iteration in range(step // batch_size + 1, iterations + 1):
+            record.snapshot = deepcopy(checkpoint())
+            progress = (iteration - 1) / iterations
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
+            if args.final_log_std is not None:
+                log_std = (1 - progress) * args.init_log_std + progress * args.final_log_std
+                agent.log_std.requires_grad_(False).fill_(log_std)
+            batch, obs, episodes = collect(agent, vec, args, obs, step, device)
+            recent.extend(episodes)
+            if args.norm_reward:
+                batch = batch._replace(reward=scaler(batch.reward, batch.done))
+            scalars = learn(agent, optimizer, gradient, args, batch, critic_only=iteration <= args.critic_warmup)
+            step += batch_size
+            run.require_finite_update(agent, scalars, step)
+
+            evaluation = None
+            if iteration == iterations or evaluation_due(args, step, batch_size):
+                evaluation = rollout.evaluate(Deployed(agent), args, "validation", record.video(step))
+                evaluations.append(
+                    {"step": step, **{name: evaluation[name] for name in ("success_rate", "failure_rate")}}
+                )
+                if best is None or rollout.better(evaluation, best["evaluation"], args.best_metric):
+                    best = {"step": step, "agent": deepcopy(agent.state_dict()), "evaluation": evaluation}
+                    record.save_policy("best.pt", checkpoint())
+            record.log(step, recent, episodes, scalars, evaluation)
+            if run.due(args.checkpoint_every, step, batch_size):
+                record.save(f"checkpoints/step_{step:09d}.pt", checkpoint())
+            if args.stop_at_convergence and converged_at(evaluations) is not None:
+                break
+
+        record.save("final.pt", checkpoint())
+        agent.load_state_dict(best["agent"])
+        run.export_onnx(agent, first, record.folder / "policy.onnx", "policy", args.env_kwargs)
+        return record.finish(step, best, converged_at_step=converged_at(evaluations))
+
+
+def evaluate(args: Args) -> dict:
+    """Measure the policy that args.evaluate names; see rollout.measure."""
+    args = replace(args, num_envs=1)
+    command.checked(args)
+    run.prepare_torch(args)
+    vec = envs.make_vec(args.env_id, 1, **args.env_kwargs)
+    if not run.is_policy_path(args.evaluate):
+        return rollout.measure(rollout.scripted(args.evaluate, vec), None, args)
+    agent = make_agent(vec, args)
+    run.load_agent(agent, run.load_policy(args.evaluate, kind="policy"), args, args.evaluate)
+    return rollout.measure(Deployed(agent), None, args)
+
+
+def main() -> None:
+    with command.command_line():
+        args = command.parse(Args, Args.tuned)
+        evaluate(args) if args.evaluate is not None else train(args)
+
+
+if __name__ == "__main__":
+    main()
