@@ -71,13 +71,13 @@ class Args:
     reward_weights: str | None = None
     """JSON file {term: weight} that changes the weights of the reward"""
 
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """learning rate of Adam; usually 1e-4 to 1e-3"""
     anneal_lr: bool = True
     """lower the learning rate linearly to zero over the run"""
     weight_decay: float = 0.0
     """decoupled weight decay (AdamW); 0 is Adam"""
-    minibatch_size: int = 2048
+    minibatch_size: int = 1024
     """transitions per gradient step; must divide num_envs * num_steps"""
     update_epochs: int = 4
     """passes over each batch; usually 3 to 10"""
@@ -169,7 +169,7 @@ class Args:
 
 # {encoder: settings that differ from the defaults above}; --grid-encoder X --help shows the values in force.
 TUNED: dict[str, dict] = {
-    "rays": {"env_kwargs": {"grid_channels": "obstacles,near"}},
+    "rays": {"env_kwargs": {"grid_channels": "near"}},
 }
 
 
@@ -290,14 +290,19 @@ def ray_table(size: int, rays: int) -> Tensor:
 
 
 SEEN = ("robot", "goal", "pedestrians", "count", "grid")
-PERSON = 6  # numbers about a pedestrian: position (2), velocity (2), closeness, presence
+PERSON = 8  # numbers about a pedestrian: position (2), velocity (2), distances now and at its nearest, when, presence
+HORIZON = 4.0  # s that it looks ahead
 
 
 class GridAgent(nn.Module):
     """A Gaussian policy and a value function of what `see` makes of an observation, a row (..., obs_dim)."""
 
-    def __init__(self, space: Dict, low: np.ndarray, high: np.ndarray, channels: tuple[str, ...], args: Args):
+    def __init__(
+        self, space: Dict, low: np.ndarray, high: np.ndarray, channels: tuple[str, ...], max_speed: float,
+        args: Args,
+    ):  # fmt: skip
         super().__init__()
+        self.max_speed = max_speed
         self.people, self.size = min(args.people, space["pedestrians"].shape[0]), space["grid"].shape[-1]
         # Rays read each plane of obstacles; convolutions all planes but `combined`, which is two others in one
         rays = args.grid_encoder == "rays"
@@ -323,15 +328,25 @@ class GridAgent(nn.Module):
         """What the policy looks at, as one row (N, obs_dim). Nothing here is learned, so it is done once, as an
         observation arrives."""
         robot, goal, pedestrians, count, grid = (obs[name] for name in SEEN)
-        position, velocity = pedestrians[:, : self.people].split(2, dim=-1)
-        position, velocity = 4 * position, 2 * velocity  # in units of 4 m and of 1 m/s
-        closeness = 1 / (1 + 4 * position.square().sum(-1, keepdim=True).sqrt())
-        present = (torch.arange(self.people, device=robot.device) < count).unsqueeze(-1).to(robot)
-        people = torch.cat([position, velocity, closeness, torch.ones_like(closeness)], dim=-1) * present
+        people = self.people_features(pedestrians[:, : self.people], robot[:, :1]) * (
+            torch.arange(self.people, device=robot.device) < count
+        ).unsqueeze(-1)
         planes = grid[:, self.planes]
         if self.sizes[2]:
             return torch.cat([robot, goal, people.flatten(1), pack(planes.flatten(1)).to(robot)], dim=1)
         return torch.cat([robot, goal, self.closeness(planes).to(robot), people.flatten(1)], dim=1)
+
+    def people_features(self, pedestrians: Tensor, speed: Tensor) -> Tensor:
+        """PERSON numbers (N, people, PERSON) about each: where it is, how it moves as seen from the robot, and how near
+        it will come, and when, if both go on as they do."""
+        position, velocity = (16 * pedestrians[..., :2], 2 * pedestrians[..., 2:])  # m, m/s
+        velocity = velocity - torch.stack([speed * self.max_speed, torch.zeros_like(speed)], dim=-1)
+        distance = position.square().sum(-1, keepdim=True).sqrt()
+        meeting = -(position * velocity).sum(-1, keepdim=True) / (velocity.square().sum(-1, keepdim=True) + 1e-6)
+        meeting = meeting.clamp(0.0, HORIZON)  # s
+        nearest = (position + meeting * velocity).square().sum(-1, keepdim=True).sqrt()
+        near = [torch.exp(-distance / 2), torch.exp(-nearest), meeting / HORIZON]
+        return torch.cat([position / 4, velocity, *near, torch.ones_like(distance)], dim=-1)
 
     def closeness(self, planes: Tensor) -> Tensor:
         """Along each ray of each plane, 1 for a solid cell beside the robot down to 0 for none: (N, planes * rays)."""
@@ -527,9 +542,9 @@ def learn(
     }
 
 
-def make_agent(vec: VectorEnv, args: Args) -> GridAgent:
+def make_grid_agent(vec: VectorEnv, args: Args) -> GridAgent:
     space = vec.single_action_space
-    return GridAgent(vec.single_observation_space, space.low, space.high, vec.grid.channels, args)
+    return GridAgent(vec.single_observation_space, space.low, space.high, vec.grid.channels, vec.robot.max_speed, args)
 
 
 def settle(args: Args) -> Args:
@@ -574,7 +589,7 @@ def train(args: Args) -> dict:
     resumed = command.load_to_resume(args, iterations * batch_size, kind="policy")
     device = run.prepare_torch(args)
     vec = envs.make_training(args, flat=False, device=device.type)
-    agent = make_agent(vec, args).to(device)
+    agent = make_grid_agent(vec, args).to(device)
     adam = {"lr": args.learning_rate, "eps": 1e-5, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(agent.parameters(), **adam)
     scaler = RewardScaler(args.num_envs, args.gamma).to(device)
@@ -650,7 +665,7 @@ def evaluate(args: Args) -> dict:
     vec = envs.make_vec(args.env_id, 1, **args.env_kwargs)
     if not run.is_policy_path(args.evaluate):
         return rollout.measure(rollout.scripted(args.evaluate, vec), None, args)
-    agent = make_agent(vec, args)
+    agent = make_grid_agent(vec, args)
     run.load_agent(agent, run.load_policy(args.evaluate, kind="policy"), args, args.evaluate)
     return rollout.measure(Deployed(agent), None, args)
 

@@ -7,7 +7,7 @@ All environments of a batch are stepped together in torch, on the CPU or a GPU. 
 import functools
 import zlib
 from dataclasses import replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from envs.batch_env import Array, BatchEnv, SingleEnv, seed_of_each
+from envs.raster import Window
 from envs.run import UserError
 from envs.socnav import controllers, metrics
 from envs.socnav.crowd import Crowd
+from envs.socnav.drawing import Drawing
 from envs.socnav.dynamics import DT, PEDESTRIAN_RADIUS, drive, from_rectangles, length, make_robot, rotate
 from envs.socnav.grid import CHANNELS, OccupancyGrid
 from envs.socnav.scenarios import choose
@@ -42,7 +44,7 @@ def load_world(
     chosen = choose(split, training, scenario)
     if density is not None:
         chosen = [replace(one, crowds=tuple(replace(c, density=density) for c in one.crowds)) for one in chosen]
-    return World(chosen, STARTS[split], pedestrians, f"{split} {training}", device)
+    return World(chosen, STARTS[split], pedestrians, training, f"{split} {training}", device)
 
 
 def limited(vector: Tensor, reach: float) -> Tensor:
@@ -167,7 +169,7 @@ class SocNavGrid(BatchEnv):
         self.names = np.array(self.world.names)
         self.place = place_of(self.world, self.crowd.start)
         self.limit = self._out(self.place.limit)
-        self.drawing = None
+        self.drawing, self.window = Drawing(robot_radius + GOAL_RADIUS), None
 
     def _out(self, x: Tensor) -> Array:
         """A tensor as what the interface speaks: numpy arrays on the CPU, sharing memory."""
@@ -358,6 +360,20 @@ class SocNavGrid(BatchEnv):
         self.crowd.index()
         self._look_up()
         return self.observe(np.arange(self.num_envs))
+
+    def render(self) -> np.ndarray | None:
+        """Row 0 from above, uint8 (520, 900, 3), with the trails of what was drawn before; None in human mode, where a
+        window shows it."""
+        frame = self.drawing(self)
+        if self.render_mode != "human":
+            return frame
+        self.window = self.window or Window("SocNavGrid-v0")
+        self.window.show(frame)
+        return None
+
+    def close_extras(self, **kwargs: Any) -> None:
+        if self.window is not None:
+            self.window.close()
 
 
 def observation_space(channels: tuple[str, ...], size: int) -> gym.spaces.Dict:

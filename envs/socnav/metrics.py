@@ -47,7 +47,7 @@ REWARDS: dict[str, dict[str, float]] = {
         "time": -0.1, "pedestrian_contact": -5.0, "obstacle_contact": -2.0, "goal": 1.0, "action_change": -0.1,
     },
     "route_completion": {
-        "step": -0.01, "progress": 0.3, "goal": 2.0, "pedestrian_contact": -10.0, "obstacle_contact": -10.0,
+        "step": -0.01, "progress": 1.0, "goal": 5.0, "pedestrian_contact": -10.0, "obstacle_contact": -10.0,
         "near_miss": -0.1, "near_wall": -0.1, "action_change_squared": -0.01,
     },
 }  # fmt: skip

@@ -17,6 +17,8 @@ from envs.socnav.scenarios import NOMINAL_SPEED, Box, Point, Scenario, Single, S
 SPEED_CAP = 1.3  # times the nominal speed is what a pedestrian wants to walk, and can
 GROUP_SIZES = np.array([1.0, 0.3, 0.09]) / 1.39  # how often one, two and three walk together
 SPREAD = 0.75  # m, standard deviation of the members of a group around its anchor, cut off at twice as much
+TURNED = 0.6  # rad, how far a robot in training may look away from its route at the start
+PASSERS_BY = (0.4, 0.2, 0.2, 0.1, 0.1)  # how often 0, 1, ... more pedestrians cross the route in training
 ROOM = 2.5  # m between the robot and a pedestrian of a crowd at the start
 LAPS = 8  # points that a pedestrian in a zone walks to in turn
 GROUP_ARRIVES, SINGLE_ARRIVES = 1.0, 0.2  # m from a waypoint where the next one's turn has come
@@ -30,10 +32,12 @@ COARSE, FINE = 0.25, 0.1
 class Start:
     """One start of a scenario: where everybody is and will walk, drawn from rng; lists of one entry a pedestrian."""
 
-    def __init__(self, scenario: Scenario, rng: np.random.Generator, pedestrians: bool):
+    def __init__(self, scenario: Scenario, rng: np.random.Generator, pedestrians: bool, varied: bool):
         self.rng, self.walls = rng, scenario.rectangles()
         begin, end = inside(scenario.start, rng), inside(scenario.goal, rng)
-        self.route = np.array([begin, *scenario.via, end])
+        self.route, self.turn = np.array([begin, *scenario.via, end]), 0.0
+        if varied:
+            self._vary(scenario)
         self.position, self.path, self.pauses, self.speed = [], [], [], []
         self.first, self.end, self.respawn, self.arrives = [], [], [], []
         self.group, self.member, self.role, self.offset = [], [], [], []
@@ -45,6 +49,32 @@ class Start:
         for one in scenario.pedestrians:
             self._single(one, names)
         self._send_to_their_group()
+        if varied:
+            self._passers_by()
+
+    def _vary(self, scenario: Scenario) -> None:
+        """For training: the other way round, or from somewhere on the way, and not looking along it."""
+        self.turn = self.rng.uniform(-TURNED, TURNED)
+        route = self.route[::-1] if self.rng.random() < 0.5 else self.route
+        begin, passed = on_route(route, self.rng.choice([0, self.rng.uniform(0, 0.7)]))
+        taken = [np.hypot(*(begin - one.path[0])) < ROOM for one in scenario.pedestrians]
+        beside = [one.role in ("follow", "lead", "accompany") for one in scenario.pedestrians]
+        if not any(taken) and not any(beside):
+            self.route = np.vstack([begin, route[passed + 1 :]])
+
+    def _passers_by(self) -> None:
+        """For training: some more pedestrians, each of whom crosses the robot's route in a straight line."""
+        for _ in range(self.rng.choice(len(PASSERS_BY), p=PASSERS_BY)):
+            for _ in range(20):
+                meeting, _ = on_route(self.route, self.rng.uniform(0.1, 1))
+                angle, before, after = self.rng.uniform(0, 2 * np.pi), self.rng.uniform(1, 10), self.rng.uniform(2, 10)
+                along = np.array([np.cos(angle), np.sin(angle)])
+                ends = meeting - before * along, meeting + after * along
+                between = ends[0] + np.arange(0, before + after, 0.3)[:, None] * along
+                apart = between[:, None] - np.clip(between[:, None], self.walls[:, :2], self.walls[:, 2:])
+                if self.free(ends[0]) and np.hypot(*np.moveaxis(apart, -1, 0)).min() > PEDESTRIAN_RADIUS:
+                    self._add(ends[0], [ends[1]], len(self.group), speed=NOMINAL_SPEED * self.rng.uniform(0.6, 1.6))
+                    break
 
     def _add(self, position: Point, path: np.ndarray, group: int, **more: Any) -> None:
         self.position.append(np.asarray(position))
@@ -177,10 +207,12 @@ class World:
         pedestrians: {name: (S, P, ...)}, vectors component-first; count (S,).
     """
 
-    def __init__(self, scenarios: list[Scenario], starts_each: int, pedestrians: bool, stream: str, device: str):
+    def __init__(
+        self, scenarios: list[Scenario], starts_each: int, pedestrians: bool, varied: bool, stream: str, device: str
+    ):
         self.names, self.starts_each = [one.name for one in scenarios], starts_each
         starts = [
-            Start(one, np.random.default_rng([zlib.crc32(f"{stream} {one.name}".encode()), k]), pedestrians)
+            Start(one, np.random.default_rng([zlib.crc32(f"{stream} {one.name}".encode()), k]), pedestrians, varied)
             for one in scenarios
             for k in range(starts_each)
         ]
@@ -219,7 +251,7 @@ class World:
         self.waypoints = components_first(routes)
         self.along, self.leg_length = components_first(along), tensor(steps)
         self.arc = tensor(np.concatenate([np.zeros((len(starts), 1)), np.cumsum(steps, 1)], 1))
-        heading = np.arctan2(along[:, 0, 1], along[:, 0, 0])
+        heading = np.arctan2(along[:, 0, 1], along[:, 0, 0]) + [s.turn for s in starts]
         self.pose = tensor(np.stack([*routes[:, 0].T, heading]))
 
     def _pedestrians(self, starts: list[Start], tensor: Any, components_first: Any) -> None:
