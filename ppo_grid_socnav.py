@@ -547,15 +547,10 @@ def make_grid_agent(vec: VectorEnv, args: Args) -> GridAgent:
     return GridAgent(vec.single_observation_space, space.low, space.high, vec.grid.channels, vec.robot.max_speed, args)
 
 
-def settle(args: Args) -> Args:
-    """With what `auto` stands for, and the reward among the arguments of the environment."""
-    if args.num_envs == "auto":
-        on_gpu = args.device != "cpu" and torch.cuda.is_available()
-        args = replace(args, num_envs=2048 if on_gpu else 256)
-    reward = {"reward": args.reward}
-    if args.reward_weights is not None:
-        reward["reward_weights"] = args.reward_weights
-    return replace(args, env_kwargs={**args.env_kwargs, **reward})
+def with_reward(args: Args) -> Args:
+    """With the reward among the arguments of the environment."""
+    weights = {} if args.reward_weights is None else {"reward_weights": args.reward_weights}
+    return replace(args, env_kwargs={**args.env_kwargs, "reward": args.reward, **weights})
 
 
 def evaluation_due(args: Args, step: int, batch_size: int) -> bool:
@@ -583,7 +578,7 @@ def train(args: Args) -> dict:
         UserError: args, a file they name or the environment cannot work.
         FloatingPointError: observations, rewards, losses or parameters are not finite.
     """
-    args = command.checked(settle(args))
+    args = command.checked(with_reward(args))
     batch_size = command.steps_per_rollout(args)
     iterations = args.total_timesteps // batch_size
     resumed = command.load_to_resume(args, iterations * batch_size, kind="policy")
@@ -659,7 +654,6 @@ def train(args: Args) -> dict:
 
 def evaluate(args: Args) -> dict:
     """Measure the policy that args.evaluate names; see rollout.measure."""
-    args = replace(args, num_envs=1)
     command.checked(args)
     run.prepare_torch(args)
     vec = envs.make_vec(args.env_id, 1, **args.env_kwargs)

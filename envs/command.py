@@ -35,6 +35,7 @@ NOT_INHERITED = (
     *("resume", "pretrained", "evaluate", "config", "run_root", "run_name"),
     *("track", "capture_video", "dry_run"),
 )
+SOME, MANY = 256, 2048  # environments that --num-envs auto stands for on a CPU and on a GPU
 # Settings of --evaluate: how it measures, what else it looks at, and what works with nothing but --evaluate
 MEASURE = ("eval_episodes", "eval_seed", "threads")
 EVALUATION_ONLY = ("compare_base", "json", "render")
@@ -125,7 +126,7 @@ def changed(args: Any, other: Any) -> list[str]:
 
 
 def checked(args: Any) -> Any:
-    """What all training scripts ask of their settings. Returns them, cut short if they ask for a dry run.
+    """What all training scripts ask of their settings. Returns them, without auto, cut short for a dry run.
 
     Raises:
         UserError: a value that cannot work, or a package that is missing.
@@ -135,6 +136,8 @@ def checked(args: Any) -> Any:
         if wrong:
             raise UserError(f"--{name.replace('_', '-')} must be {must}, not {getattr(args, name)}")
 
+    if args.num_envs == "auto":
+        args = replace(args, num_envs=MANY if args.device != "cpu" and torch.cuda.is_available() else SOME)
     if args.dry_run:
         step = steps_per_rollout(args)
         args = replace(args, total_timesteps=step, checkpoint_every=step, eval_episodes=2)

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.socnav import dynamics
@@ -154,8 +154,8 @@ def one_sided(apart, relative):
 @given(pair, pair)
 def test_the_interaction_mirrors_with_its_world(apart, relative):
     apart, relative = (torch.tensor(p, dtype=torch.float32)[:, None] for p in (apart, relative))
-    assume(apart.norm() > 1e-2)
-    assume(one_sided(apart, relative) > 1e-5)
+    if apart.norm() < 1e-2 or one_sided(apart, relative) < 1e-5:
+        return
     mirror = torch.tensor([[1.0], [-1.0]])
     force = dynamics.pedestrian_force(apart, relative)
     near(dynamics.pedestrian_force(mirror * apart, mirror * relative), (mirror * force).squeeze(), 1e-6)
@@ -165,7 +165,8 @@ def test_the_interaction_mirrors_with_its_world(apart, relative):
 @given(pair, pair, st.floats(-10, 10))
 def test_forces_turn_with_their_world(apart, relative, angle):
     apart, relative = vector(*apart), vector(*relative)
-    assume(apart.norm() > 1e-2)
+    if apart.norm() < 1e-2:
+        return
     size, radius = torch.tensor([3.0]), RADIUS
     if one_sided(apart, relative) > 1e-6:
         force = dynamics.pedestrian_force(apart, relative)
@@ -617,7 +618,7 @@ def test_nobody_walks_into_a_wall():
         nearest.append(distance.min().item())
         steps += 16
     assert steps == 10_000
-    assert min(nearest) > 0.05
+    assert min(nearest) > 0.3  # 0.51 as this was written
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ TINY = 1e-5
 
 def length(vector: Tensor) -> Tensor:
     """|vector| of (2, ...) -> (...)."""
-    return (vector[0].square() + vector[1].square()).sqrt()
+    return torch.hypot(*vector)
 
 
 def unit(vector: Tensor) -> Tensor:
@@ -71,9 +71,9 @@ def pedestrian_force(apart: Tensor, relative_velocity: Tensor) -> Tensor:
 
     apart: position minus the other's (2, K); relative_velocity: the other's velocity minus one's own (2, K)."""
     distance = length(apart).clamp(min=TINY)
-    nx, ny = apart / distance
-    x, y = VELOCITY_WEIGHT * relative_velocity + torch.stack([nx, ny])
-    norm = (x.square() + y.square()).sqrt().clamp(min=TINY)
+    nx, ny = direction = apart / distance
+    x, y = VELOCITY_WEIGHT * relative_velocity + direction
+    norm = torch.hypot(x, y).clamp(min=TINY)
     # |theta| by the half-angle form of atan2, which is the same in every lane of a vector unit, as atan2 is not
     cross, dot = nx * y - ny * x, nx * x + ny * y
     theta = 2 * torch.atan(cross.abs() / (norm + dot.abs()))

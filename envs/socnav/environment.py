@@ -169,7 +169,8 @@ class SocNavGrid(BatchEnv):
         self.names = np.array(self.world.names)
         self.place = place_of(self.world, self.crowd.start)
         self.limit = self._out(self.place.limit)
-        self.drawing, self.window = Drawing(robot_radius + GOAL_RADIUS), None
+        self.drawing = Drawing(robot_radius + GOAL_RADIUS)
+        self.window: Window | None = None
 
     def _out(self, x: Tensor) -> Array:
         """A tensor as what the interface speaks: numpy arrays on the CPU, sharing memory."""

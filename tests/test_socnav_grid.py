@@ -1,0 +1,276 @@
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from envs.socnav.environment import SocNavGrid
+from envs.socnav.grid import CHANNELS, OccupancyGrid
+from envs.socnav.scenarios import Scenario
+from envs.socnav.starts import World
+from ppo_grid_socnav import GridAgent, pack, ray_table, unpack
+
+
+def make_world(*scenarios):
+    return World(list(scenarios), 1, pedestrians=False, varied=False, stream="test", device="cpu")
+
+
+def a_map(size, obstacles, border=1.0):
+    return Scenario("map", "train", size, 300, (3, 3, 3, 3), (4, 4, 4, 4), obstacles=tuple(obstacles), border=border)
+
+
+def draw(world, pose, channels=("obstacles",), size=32, resolution=0.5, people=(), maps=None):
+    """Grids (N, channels, size, size) for robots at pose [N] (x, y, heading), with people (x, y) in the world."""
+    pose = torch.tensor(pose, dtype=torch.float32).T
+    maps = torch.zeros(pose.shape[1], dtype=torch.int64) if maps is None else torch.tensor(maps)
+    cos, sin = torch.cos(pose[2])[:, None], torch.sin(pose[2])[:, None]
+    x, y = torch.tensor(people, dtype=torch.float32).reshape(-1, 2).T[:, None] - pose[:2, :, None]
+    position = torch.stack([cos * x + sin * y, cos * y - sin * x])
+    return OccupancyGrid(world, pose.shape[1], tuple(channels), size, resolution)(maps, pose, position).numpy()
+
+
+def cells(pose, size, resolution):
+    """Row, column and the centre in the world, of every cell."""
+    x, y, heading = pose
+    for row in range(size):
+        for column in range(size):
+            ahead, left = (column + 0.5 - size / 2) * resolution, (row + 0.5 - size / 2) * resolution
+            c, s = math.cos(heading), math.sin(heading)
+            yield row, column, x + c * ahead - s * left, y + s * ahead + c * left
+
+
+def solid_and_distance(scenario, x, y):
+    """Whether a point is solid, and how far it is from the nearest edge of anything."""
+    (w, h), solid, distance = scenario.size, False, []
+    for x0, y0, x1, y1 in [*scenario.rectangles().tolist(), (0, 0, w, h)]:
+        inside = x0 <= x <= x1 and y0 <= y <= y1
+        solid |= inside != ((x0, y0, x1, y1) == (0, 0, w, h))
+        outside = math.hypot(max(x0 - x, 0, x - x1), max(y0 - y, 0, y - y1))
+        distance.append(min(x - x0, x1 - x, y - y0, y1 - y) if inside else outside)
+    return solid, min(distance)
+
+
+@st.composite
+def maps_with_poses(draw):
+    width, height = draw(st.floats(6, 30)), draw(st.floats(6, 30))
+    obstacles = []
+    for _ in range(draw(st.integers(0, 5))):
+        x, y = draw(st.floats(0, width - 1)), draw(st.floats(0, height - 1))
+        obstacles.append((x, y, min(x + draw(st.floats(0.6, 8)), width), min(y + draw(st.floats(0.6, 8)), height)))
+    pose = draw(st.floats(-2, width + 2)), draw(st.floats(-2, height + 2)), draw(st.floats(-4, 4))
+    return a_map((width, height), obstacles, draw(st.floats(0.3, 2))), pose
+
+
+@settings(max_examples=100, deadline=None)
+@given(maps_with_poses(), st.sampled_from([(0.5, 0.25), (0.25, 0.25), (1.0, 0.25), (0.2, 0.1), (0.125, 0.1)]))
+def test_obstacles_are_the_cells_whose_centre_is_solid(where, resolutions):
+    (scenario, pose), (resolution, raster_cell) = where, resolutions
+    grid = draw(make_world(scenario), [pose], size=20, resolution=resolution)[0, 0]
+    compared = 0
+    for row, column, x, y in cells(pose, 20, resolution):
+        solid, distance = solid_and_distance(scenario, x, y)
+        if distance > raster_cell:
+            assert grid[row, column] == solid, (row, column)
+            compared += 1
+    assert grid.max() <= 1
+    assert compared or resolution < 0.5
+
+
+def test_where_walls_lie_on_the_raster_the_grid_is_exact():
+    scenario = a_map((24, 18), [(5.25, 5, 8.5, 9.25), (14.25, 3.5, 15.25, 14.75)], border=1.25)
+    world, rng = make_world(scenario), np.random.default_rng(0)
+    for _ in range(20):
+        pose = rng.uniform((-1, -1, -3), (25, 19, 3)).tolist()
+        grid = draw(world, [pose], size=16)[0, 0]
+        for row, column, x, y in cells(pose, 16, 0.5):
+            solid, distance = solid_and_distance(scenario, x, y)
+            assert grid[row, column] == solid or distance < 1e-3
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(-6, 6), st.floats(-6, 6)), max_size=4),
+    st.floats(-4, 4),
+    st.sampled_from([(0.5, 16), (0.25, 32), (0.7, 12), (0.125, 20), (1.0, 8)]),
+)
+def test_pedestrians_are_the_cells_that_their_discs_touch(people, heading, shape):
+    (resolution, size), pose = shape, (5.0, 5.0, heading)
+    world = make_world(a_map((30, 30), []))
+    grid = draw(world, [pose], ("pedestrians",), size, resolution, [(5 + x, 5 + y) for x, y in people])[0, 0]
+    c, s = math.cos(heading), math.sin(heading)
+    for row in range(size):
+        for column in range(size):
+            x0, y0 = (column - size / 2) * resolution, (row - size / 2) * resolution
+            nearest = math.inf
+            for x, y in people:
+                x, y = c * x + s * y, c * y - s * x
+                aside, above = max(x0 - x, 0, x - x0 - resolution), max(y0 - y, 0, y - y0 - resolution)
+                nearest = min(nearest, math.hypot(aside, above))
+            if abs(nearest - 0.4) > 1e-5:
+                assert grid[row, column] == (nearest < 0.4), (row, column)
+
+
+@pytest.mark.parametrize(
+    ("person", "touched"),
+    [
+        ((0.25, 0.25), [(row, column) for row in (15, 16, 17) for column in (15, 16, 17)]),  # 0.35 m to the corners
+        ((0.5, 0.5), [(16, 16), (16, 17), (17, 16), (17, 17)]),
+        ((7.9, 0.25), [(15, 31), (16, 31), (17, 31)]),
+        ((8.3, 7.75), [(31, 31), (30, 31)]),
+        ((8.5, 0.0), []),
+    ],
+)
+def test_a_pedestrian_touches_these_cells(person, touched):
+    """Near the middle of a 32 x 32 grid, at its edge, and outside it."""
+    world = make_world(a_map((30, 30), []))
+    grid = draw(world, [(5, 5, 0)], ("pedestrians",), people=[(5 + person[0], 5 + person[1])])[0, 0]
+    assert {(int(r), int(c)) for r, c in np.argwhere(grid)} == set(touched)
+
+
+def a_busy_place(seed):
+    rng = np.random.default_rng(seed)
+    obstacles = [(x, y, x + 1.7, y + 2.3) for x, y in rng.uniform(2, 24, (5, 2))]
+    return (
+        make_world(a_map((29, 27), obstacles)),
+        rng.uniform(4, 24, (9, 2)),
+        (*rng.uniform(5, 22, 2), rng.uniform(-3, 3)),
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_combined_is_the_union(seed):
+    world, people, pose = a_busy_place(seed)
+    obstacles, pedestrians, combined = draw(world, [pose], CHANNELS[:3], people=people)[0]
+    assert 0 < pedestrians.sum() < 12 * 9
+    assert (pedestrians & ~obstacles.astype(bool)).any()
+    np.testing.assert_array_equal(combined, obstacles | pedestrians)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_turning_the_robot_a_quarter_turns_the_grid_back(seed):
+    world, people, (x, y, heading) = a_busy_place(seed)
+    poses = [(x, y, heading + quarter * math.pi / 2) for quarter in range(4)]
+    grids = draw(world, poses, CHANNELS, people=people)
+    for quarter in (1, 2, 3):
+        np.testing.assert_array_equal(grids[quarter], np.rot90(grids[0], quarter, axes=(1, 2)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_driving_shifts_the_grid(seed):
+    world, people, (x, y, _) = a_busy_place(seed)
+    here, ahead, left = draw(world, [(x, y, 0), (x + 1.5, y, 0), (x, y + 2.5, 0)], CHANNELS[:3], people=people)
+    np.testing.assert_array_equal(ahead[:, :, :-3], here[:, :, 3:])
+    np.testing.assert_array_equal(left[:, :-5], here[:, 5:])
+    near = draw(world, [(x, y, 0), (x + 1.5, y, 0)], ("near",))[:, 0]
+    np.testing.assert_array_equal(near[1, :, :-12], near[0, :, 12:])
+
+
+def test_forward_is_along_columns_and_left_along_rows():
+    world = make_world(a_map((40, 40), [(25, 19, 27, 21)]))
+    for pose, rows, columns in (((20, 20, 0), (14, 18), (26, 30)), ((26, 14, math.pi / 2), (14, 18), (26, 30))):
+        (obstacles,) = draw(world, [pose])[0]
+        seen = np.argwhere(obstacles)
+        assert (seen.min(0) == (rows[0], columns[0])).all()
+        assert (seen.max(0) + 1 == (rows[1], columns[1])).all()
+    (obstacles,) = draw(world, [(26, 14, 0)])[0]  # it is to the left
+    assert np.argwhere(obstacles)[:, 0].min() == 26
+
+
+@pytest.mark.parametrize("resolution", [0.5, 1.0, 0.3])
+def test_near_is_obstacles_four_times_as_fine(resolution):
+    world, people, pose = a_busy_place(0)
+    (near,) = draw(world, [pose], ("near",), resolution=resolution, people=people)[0]
+    (fine,) = draw(world, [pose], ("obstacles",), resolution=resolution / 4)[0]
+    np.testing.assert_array_equal(near, fine)
+    (coarse,) = draw(world, [pose], ("obstacles",), resolution=resolution)[0]
+    assert (near != coarse).any()
+
+
+def test_channels_come_in_the_order_asked_for():
+    world, people, pose = a_busy_place(1)
+    planes = dict(zip(CHANNELS, draw(world, [pose], CHANNELS, people=people)[0]))
+    assert len({plane.tobytes() for plane in planes.values()}) == 4
+    for order in (("near", "combined", "obstacles", "pedestrians"), ("pedestrians",), ("combined", "near")):
+        for name, plane in zip(order, draw(world, [pose], order, people=people)[0], strict=True):
+            np.testing.assert_array_equal(plane, planes[name])
+
+
+def test_every_robot_sees_its_own_map():
+    one, two = a_map((20, 20), [(8, 8, 12, 9)]), a_map((33, 14), [(12, 5, 13, 8)])
+    poses, maps = [(6, 6, 0.4), (9, 6, 1.0), (15, 7, -2.0), (6, 6, 0.4)], [0, 1, 1, 0]
+    together = draw(make_world(one, two), poses, CHANNELS, people=[(7, 7)], maps=maps)
+    for pose, which, grid in zip(poses, maps, together):
+        np.testing.assert_array_equal(grid, draw(make_world((one, two)[which]), [pose], CHANNELS, people=[(7, 7)])[0])
+
+
+@pytest.mark.parametrize(("size", "resolution"), [(64, 0.5), (40, 0.25), (16, 1.0)])
+def test_the_environment_draws_what_was_asked_for(size, resolution):
+    arguments = {"training": False, "split": "test", "grid_channels": "obstacles,near,pedestrians"}
+    vec = SocNavGrid(9, grid_size=size, grid_resolution=resolution, **arguments)
+    obs, _ = vec.reset(seed=0)
+    assert obs["grid"].shape == (9, 3, size, size)
+    for i, name in enumerate(vec.world.names):
+        pose, at = vec.pose[:, i].tolist(), slice(int(vec.world.count[vec.crowd.start[i]]))
+        people = vec.crowd.position[:, i, at].T.tolist()
+        maps = [vec.world.names.index(name)]
+        expected = draw(vec.world, [pose], ("obstacles", "near", "pedestrians"), size, resolution, people, maps)[0]
+        np.testing.assert_array_equal(obs["grid"][i], expected)
+
+
+# Ranges: what ppo_grid_socnav.py reads from a plane
+
+
+def closeness(planes, rays):
+    table = ray_table(planes.shape[-1], rays)
+    return GridAgent.closeness(SimpleNamespace(table=table), torch.as_tensor(planes.copy())).numpy()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([8, 16, 64]), st.sampled_from([4, 8, 36]), st.floats(0, 0.2))
+def test_ranges_are_those_of_a_march_along_each_ray(seed, size, rays, density):
+    planes = (np.random.default_rng(seed).uniform(size=(3, 2, size, size)) < density).astype(np.uint8)
+    found = closeness(planes, rays).reshape(3, 2, rays)
+    for robot in range(3):
+        for plane in range(2):
+            for ray in range(rays):
+                angle, expected = 2 * math.pi * ray / rays, 0.0
+                for step in range(size // 2):
+                    x, y = ((step + 0.5) * f(angle) + size / 2 for f in (math.cos, math.sin))
+                    if planes[robot, plane, math.floor(y), math.floor(x)]:
+                        expected = 1 - step / (size // 2)
+                        break
+                assert found[robot, plane, ray] == pytest.approx(expected)
+
+
+def test_turning_the_grid_a_quarter_shifts_the_rays_a_quarter():
+    """But for those along the lines between two cells, which can see either."""
+    planes = (np.random.default_rng(0).uniform(size=(50, 1, 64, 64)) < 0.03).astype(np.uint8)
+    rays, between = closeness(planes, 36), np.arange(36) % 9 == 0
+    for quarter in (1, 2, 3):
+        turned = closeness(np.rot90(planes, quarter, axes=(2, 3)), 36)
+        expected = np.roll(rays, -9 * quarter, axis=1)
+        np.testing.assert_array_equal(turned[:, ~between], expected[:, ~between])
+    both = planes | np.flip(planes, 2) | np.flip(planes, 3) | planes[..., ::-1, ::-1]  # both sides of such a line alike
+    both |= np.rot90(both, 1, axes=(2, 3))
+    np.testing.assert_array_equal(closeness(both, 4), np.repeat(closeness(both, 4)[:, :1], 4, axis=1))
+
+
+def test_rays_begin_ahead_and_turn_left():
+    plane = np.zeros((1, 1, 64, 64), np.uint8)
+    plane[0, 0, 32 + 10, 31:33] = 1  # 10 cells to the left
+    assert np.flatnonzero(closeness(plane, 36)[0]).tolist() == [9]
+    assert closeness(plane, 36)[0, 9] == pytest.approx(1 - 10 / 32)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 9))
+def test_packed_cells_are_the_same_again(seed, rows, eighths):
+    cells = torch.as_tensor(np.random.default_rng(seed).integers(0, 2, (rows, 8 * eighths)))
+    packed = pack(cells.to(torch.uint8))
+    assert packed.shape == (rows, eighths)
+    assert packed.min() >= 0
+    assert packed.max() <= 255
+    np.testing.assert_array_equal(unpack(packed), cells)
+    np.testing.assert_array_equal(unpack(packed.float()), cells)  # a rollout keeps them as floats
