@@ -32,7 +32,7 @@ NEAREST = 64  # pedestrians in an observation
 GOAL_RANGE, PEDESTRIAN_RANGE = 10.0, 16.0  # m; farther points keep their direction but not their distance
 REMAINING = 100.0  # m of route that a `remaining` of 1 stands for
 PEDESTRIAN_SPEED = 2.0  # m/s that a velocity of 1 stands for
-STARTS = {"train": 16, "validation": 64, "test": 256}  # of each scenario, or variant of one
+STARTS = {"train": 10, "validation": 64, "test": 256}  # of each scenario, or variant of one
 LARGEST_GRID = 2**30  # bytes
 
 

@@ -7,6 +7,7 @@ right, y up.
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -144,6 +145,46 @@ def variant(scenario: Scenario, mirror: bool, scale: float) -> Scenario:
     )
 
 
+def cluttered(scenario: Scenario, rng: np.random.Generator) -> Scenario:
+    """The scenario with up to four boxes put beside the robot's way, and nobody's way blocked."""
+    corners = [[(x, y) for x in box[::2] for y in box[1::2]] for box in (scenario.start, scenario.goal)]
+    routes = [dense([a, *scenario.via, b]) for a in corners[0] for b in corners[1]]
+    walked = [
+        dense(path) for path in [*(c.route for c in scenario.crowds), *(p.path for p in scenario.pedestrians)] if path
+    ]
+    kept_free = [c.zone for c in scenario.crowds if c.zone is not None]
+    kept_free += [(x0 - 1, y0 - 1, x1 + 1, y1 + 1) for x0, y0, x1, y1 in (scenario.start, scenario.goal)]
+    boxes: list[Box] = []
+    for _ in range(60):
+        beside = rng.choice(np.concatenate(routes)) + rng.uniform(-3.5, 3.5, 2)
+        half = rng.uniform(0.3, 1.2, 2)
+        box = np.concatenate([beside - half, beside + half])
+        free = all(to_box(path, box).min() >= room for paths, room in ((routes, 1.0), (walked, 0.9)) for path in paths)
+        outside = (box < 0).any() or (box > [*scenario.size, *scenario.size]).any()
+        if len(boxes) < CLUTTER and free and not outside and not any(overlap(box, zone) for zone in kept_free):
+            boxes.append(tuple(box.tolist()))
+    return replace(scenario, name=f"{scenario.name}/cluttered", obstacles=(*scenario.obstacles, *boxes))
+
+
+def dense(path: Sequence[Point]) -> np.ndarray:
+    """Points along a path, at most 0.3 m apart, (n, 2)."""
+    points = [np.array(path[:1], float)]
+    for a, b in pairwise(np.array(path, float)):
+        n = int(np.ceil(np.hypot(*(b - a)) / 0.3)) + 1
+        points.append(np.linspace(a, b, n))
+    return np.concatenate(points)
+
+
+def to_box(points: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Distances (n,) of points (n, 2) from a box."""
+    return np.hypot(*(points - np.clip(points, box[:2], box[2:])).T)
+
+
+def overlap(a: Box, b: Box) -> bool:
+    return bool(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3])
+
+
+CLUTTER = 4  # boxes at most
 TRAINING_VARIANTS = [(mirror, scale) for scale in (1.0, 0.85, 1.15) for mirror in (False, True)]
 VALIDATION_VARIANTS = [(True, 0.92), (False, 1.25), (True, 1.08)]  # of every third training scenario in turn
 
@@ -167,7 +208,8 @@ def choose(split: str, training: bool, scenario: str | None) -> list[Scenario]:
     else:
         chosen = [one for one in every.values() if one.split == split]
     if training:
-        return [variant(one, mirror, scale) for one in chosen for mirror, scale in TRAINING_VARIANTS]
+        varied = [variant(one, mirror, scale) for one in chosen for mirror, scale in TRAINING_VARIANTS]
+        return varied + [cluttered(one, np.random.default_rng(i)) for i, one in enumerate(varied)]
     if split == "validation" and scenario is None:
         third = [one for one in every.values() if one.split == "train"][::3]
         chosen += [variant(one, *VALIDATION_VARIANTS[i % 3]) for i, one in enumerate(third)]

@@ -18,7 +18,9 @@ SPEED_CAP = 1.3  # times the nominal speed is what a pedestrian wants to walk, a
 GROUP_SIZES = np.array([1.0, 0.3, 0.09]) / 1.39  # how often one, two and three walk together
 SPREAD = 0.75  # m, standard deviation of the members of a group around its anchor, cut off at twice as much
 TURNED = 0.6  # rad, how far a robot in training may look away from its route at the start
-PASSERS_BY = (0.4, 0.2, 0.2, 0.1, 0.1)  # how often 0, 1, ... more pedestrians cross the route in training
+PASSERS_BY = (0.4, 0.2, 0.2, 0.1, 0.1)  # how often there are 0, 1, ... more pedestrians in training
+STANDING = 0.3  # how many of those stand in the way
+PASSING = 1.9  # m from the walls, so that a robot can pass them
 ROOM = 2.5  # m between the robot and a pedestrian of a crowd at the start
 LAPS = 8  # points that a pedestrian in a zone walks to in turn
 GROUP_ARRIVES, SINGLE_ARRIVES = 1.0, 0.2  # m from a waypoint where the next one's turn has come
@@ -63,18 +65,36 @@ class Start:
             self.route = np.vstack([begin, route[passed + 1 :]])
 
     def _passers_by(self) -> None:
-        """For training: some more pedestrians, each of whom crosses the robot's route in a straight line."""
+        """For training: some more pedestrians, who cross the robot's route or stand in its way."""
         for _ in range(self.rng.choice(len(PASSERS_BY), p=PASSERS_BY)):
+            appear = self._stand if self.rng.random() < STANDING else self._cross
             for _ in range(20):
-                meeting, _ = on_route(self.route, self.rng.uniform(0.1, 1))
-                angle, before, after = self.rng.uniform(0, 2 * np.pi), self.rng.uniform(1, 10), self.rng.uniform(2, 10)
-                along = np.array([np.cos(angle), np.sin(angle)])
-                ends = meeting - before * along, meeting + after * along
-                between = ends[0] + np.arange(0, before + after, 0.3)[:, None] * along
-                apart = between[:, None] - np.clip(between[:, None], self.walls[:, :2], self.walls[:, 2:])
-                if self.free(ends[0]) and np.hypot(*np.moveaxis(apart, -1, 0)).min() > PEDESTRIAN_RADIUS:
-                    self._add(ends[0], [ends[1]], len(self.group), speed=NOMINAL_SPEED * self.rng.uniform(0.6, 1.6))
+                if appear():
                     break
+
+    def _cross(self) -> bool:
+        """Add one who walks straight across the route; False where there is no room."""
+        meeting, _ = on_route(self.route, self.rng.uniform(0.1, 1))
+        angle, before, after = self.rng.uniform(0, 2 * np.pi), self.rng.uniform(1, 10), self.rng.uniform(2, 10)
+        along = np.array([np.cos(angle), np.sin(angle)])
+        between = meeting + np.arange(-before, after, 0.3)[:, None] * along
+        if not self.free(between[0]) or self.off_walls(between) < PEDESTRIAN_RADIUS:
+            return False
+        self._add(between[0], between[-1:], len(self.group), speed=NOMINAL_SPEED * self.rng.uniform(0.6, 1.6))
+        return True
+
+    def _stand(self) -> bool:
+        """Add one who stands on the route or beside it, where the robot can pass."""
+        place = on_route(self.route, self.rng.uniform(0.2, 0.9))[0] + self.rng.normal(0, 0.7, 2)
+        if not self.free(place) or self.off_walls(place[None]) < PASSING:
+            return False
+        self._add(place, [], len(self.group), pauses=np.array([np.inf]), role="wait")
+        return True
+
+    def off_walls(self, places: np.ndarray) -> float:
+        """How near any of some places (n, 2) is to a wall, m."""
+        apart = places[:, None] - np.clip(places[:, None], self.walls[:, :2], self.walls[:, 2:])
+        return float(np.hypot(*np.moveaxis(apart, -1, 0)).min())
 
     def _add(self, position: Point, path: np.ndarray, group: int, **more: Any) -> None:
         self.position.append(np.asarray(position))
@@ -120,8 +140,7 @@ class Start:
 
     def free(self, place: np.ndarray) -> bool:
         """Whether a pedestrian can stand there: off walls, off others, and not beside the robot."""
-        nearest = np.clip(place, self.walls[:, :2], self.walls[:, 2:])
-        if np.hypot(*(place - nearest).T).min() < PEDESTRIAN_RADIUS + 0.1:
+        if self.off_walls(place[None]) < PEDESTRIAN_RADIUS + 0.1:
             return False
         if np.hypot(*(place - self.route[0])) < ROOM:
             return False
