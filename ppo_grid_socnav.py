@@ -116,8 +116,8 @@ class Args:
 
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     """where the networks live; auto takes a GPU if there is one, but for networks this small the CPU is faster"""
-    threads: int = 1
-    """CPU threads of our simulators; PyTorch keeps to one, with which networks this small are fastest"""
+    threads: int = 2
+    """CPU threads of PyTorch, in which the simulator is written too; no more than there are idle cores"""
     compile: bool = False
     """compile the gradient step with torch.compile (needs a C++ compiler)"""
     deterministic: bool = False
@@ -583,6 +583,7 @@ def train(args: Args) -> dict:
     iterations = args.total_timesteps // batch_size
     resumed = command.load_to_resume(args, iterations * batch_size, kind="policy")
     device = run.prepare_torch(args)
+    torch.set_num_threads(args.threads)
     vec = envs.make_training(args, flat=False, device=device.type)
     agent = make_grid_agent(vec, args).to(device)
     adam = {"lr": args.learning_rate, "eps": 1e-5, "weight_decay": args.weight_decay, "fused": True}

@@ -125,7 +125,7 @@ def help_texts(path):
 
 def test_settings_that_several_scripts_have_are_explained_alike():
     """Those whose meaning differs with the task may have their own words."""
-    own_words = {"pretrained", "evaluate", "num_envs"}
+    own_words = {"pretrained", "evaluate", "num_envs", "threads"}
     texts = {script: help_texts(ROOT / f"{script}.py") for script in PPO}
     for name in set(COMMON) - own_words:
         assert len({of_script[name] for of_script in texts.values()}) == 1, name

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import numpy as np
@@ -6,15 +7,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.socnav import dynamics
+from envs.socnav import dynamics, environment
 from envs.socnav.crowd import Crowd
 from envs.socnav.dynamics import DT, drive, make_robot, wrap
-from envs.socnav.environment import SocNavGrid, load_world
-from envs.socnav.scenarios import Scenario, Single, Stream, load_scenarios, variant
+from envs.socnav.environment import SocNavGrid
+from envs.socnav.scenarios import Scenario, Single, Stream, choose, load_scenarios, variant
 from envs.socnav.starts import LOOP, RESPAWN, ROLES, World
 
 RADIUS = 0.6  # m, of the robot
 ALONE = torch.tensor([[-1000.0], [-1000.0], [0.0]])  # pose of a robot that nobody notices
+
+
+@pytest.fixture(scope="module", autouse=True)
+def smaller_training_world():
+    """Every fifth variant of the training scenarios, since to draw the starts of all takes ten seconds."""
+
+    def some(split, training, scenario):
+        return choose(split, training, scenario)[:: 5 if training and scenario is None else 1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "choose", some)
+        patch.setattr(environment, "load_world", functools.lru_cache(environment.load_world.__wrapped__))
+        yield
 
 
 def vector(*xy):
@@ -501,7 +515,7 @@ def test_rows_that_begin_leave_the_others_alone():
 
 def test_they_set_out_at_their_pace_for_where_they_go():
     for split, training in (("train", True), ("validation", False), ("test", False)):
-        world = load_world(split, training, None, True, None, "cpu")
+        world = environment.load_world(split, training, None, True, None, "cpu")
         crowd = begun(world)
         people, slots = world.pedestrians, world.slots
         present = torch.arange(slots) < world.count[:, None]
@@ -625,7 +639,7 @@ def test_nobody_walks_into_a_wall():
     ("split", "training"), [("train", True), ("train", False), ("validation", False), ("test", False)]
 )
 def test_nobody_comes_back_inside_a_wall(split, training):
-    world = load_world(split, training, None, True, None, "cpu")
+    world = environment.load_world(split, training, None, True, None, "cpu")
     people = world.pedestrians
     come_back = (torch.arange(world.slots) < world.count[:, None]) & (people["end"] == RESPAWN)
     start = come_back.nonzero()[:, 0]

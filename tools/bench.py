@@ -7,6 +7,8 @@
     python tools/bench.py envs --env-id LateralControl-v0 --policy zero --num-envs 1 8 64 128
         [--env-kwargs model_path tinyphysics.onnx data_path segments]      beside a plain loop as the official one
     python tools/bench.py envs --env-id Ballbot-v0 --policy pid            beside a plain loop as the published one
+    python tools/bench.py envs --env-id SocNavGrid-v0 --policy runs/<run> --num-envs 1 16 64 256
+        [--env-kwargs scenario classic_station_platform_medium]                               its busiest scenario
     python tools/bench.py memory                     resident memory of a training run
 
 Both sides of `ppo` run with SETTINGS below (pip install -e ".[bench]" brings Stable-Baselines3). Compare CPU time where
@@ -42,9 +44,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import envs
 import ppo_continuous
+import ppo_grid_socnav
 import ppo_residual
 from envs import ballbot, command, lateral, lateral_model, rollout, run
 from envs.run import UserError
+from envs.socnav.dynamics import rotate
+from envs.socnav.environment import SocNavGrid
+from envs.socnav.grid import OccupancyGrid
 
 
 @dataclass
@@ -359,6 +365,8 @@ def make_policy(name: str, vec) -> rollout.Policy:
     if not run.is_policy_path(name):
         return rollout.scripted(name, vec)
     policy = run.load_policy(name)
+    if isinstance(vec, SocNavGrid):
+        return SocNavPolicy(policy, vec, name)
     script = ppo_residual if policy["kind"] == "residual" else ppo_continuous
     args = replace(script.Args(env_id=policy["env_id"]), **policy["args"])
     agent = script.residual_agent(vec, args) if script is ppo_residual else script.make_agent(vec, args)
@@ -366,6 +374,23 @@ def make_policy(name: str, vec) -> rollout.Policy:
     if script is ppo_continuous:
         return rollout.Deployed(agent)
     return ppo_residual.Corrected(agent, rollout.scripted(args.base_policy, vec), args, vec.single_action_space)
+
+
+class SocNavPolicy:
+    """A trained policy beside an environment whose grid may have other channels than its own: it gets its own one."""
+
+    def __init__(self, policy: dict, vec: SocNavGrid, name: str):
+        args = command.args_from(ppo_grid_socnav.Args, policy["args"], name)
+        own = envs.make_vec(args.env_id, 1, training=False, split="test", **args.env_kwargs)
+        agent = ppo_grid_socnav.make_grid_agent(own, args)
+        run.load_agent(agent, policy, args, name)
+        self.deployed, self.vec = rollout.Deployed(agent), vec
+        self.grid = OccupancyGrid(vec.world, vec.num_envs, own.grid.channels, own.grid.size, own.grid.resolution)
+
+    def __call__(self, obs: dict) -> np.ndarray:
+        position = self.vec.crowd.position - self.vec.pose[:2, :, None]
+        position = rotate(position, torch.cos(self.vec.pose[2])[:, None], -torch.sin(self.vec.pose[2])[:, None])
+        return self.deployed({**obs, "grid": self.grid(self.vec.place.maps, self.vec.pose, position).numpy()})
 
 
 def steps_per_second(args: Envs, num_envs: int) -> tuple[float, float]:
@@ -392,8 +417,10 @@ def bench_envs(args: Envs) -> None:
     command.check_env_kwargs(args.env_kwargs)
     if min(args.repeats, args.threads, *args.num_envs) < 1 or not args.seconds > 0:
         raise UserError("--repeats, --threads and --num-envs must be at least 1, and --seconds above 0")
-    envs.require_flat_box(envs.make_vec(args.env_id, 1, **args.env_kwargs))
-    torch.set_num_threads(1)
+    vec = envs.make_vec(args.env_id, 1, **args.env_kwargs)
+    if not isinstance(vec, SocNavGrid):
+        envs.require_flat_box(vec)
+    torch.set_num_threads(args.threads if isinstance(vec, SocNavGrid) else 1)
     print(
         f"{args.env_id}, {args.threads} thread(s), policy {args.policy}; {run.cpu_name()}; commit {run.git_commit()}\n"
     )
