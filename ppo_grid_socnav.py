@@ -282,7 +282,7 @@ def unpack(numbers: Tensor) -> Tensor:
 
 
 def ray_table(size: int, rays: int) -> Tensor:
-    """Cells that each ray crosses, from the middle of the grid outwards: int64 (rays, size / 2) indices into a plane."""
+    """Cells that each ray crosses, from the middle outwards: int64 (rays, size / 2), indices into a plane."""
     angle = 2 * pi * torch.arange(rays, dtype=torch.float64)[:, None] / rays
     distance = torch.arange(size // 2, dtype=torch.float64) + 0.5  # in cells
     column, row = ((size / 2 + distance * part).floor().long() for part in (angle.cos(), angle.sin()))
@@ -543,6 +543,7 @@ def learn(
 
 
 def make_grid_agent(vec: VectorEnv, args: Args) -> GridAgent:
+    envs.require_grid(vec)
     space = vec.single_action_space
     return GridAgent(vec.single_observation_space, space.low, space.high, vec.grid.channels, vec.robot.max_speed, args)
 
@@ -551,24 +552,6 @@ def with_reward(args: Args) -> Args:
     """With the reward among the arguments of the environment."""
     weights = {} if args.reward_weights is None else {"reward_weights": args.reward_weights}
     return replace(args, env_kwargs={**args.env_kwargs, "reward": args.reward, **weights})
-
-
-def evaluation_due(args: Args, step: int, batch_size: int) -> bool:
-    return run.due(args.eval_every * (1 + (step > args.eval_slow_after)), step, batch_size)
-
-
-CONVERGED = {"success_rate": 0.9, "failure_rate": 0.05, "evaluations": 3}
-
-
-def converged_at(evaluations: list[dict]) -> int | None:
-    """The step of the first of three evaluations in a row with success >= 0.9 and failure <= 0.05; None without."""
-    row: list[int] = []
-    for e in evaluations:
-        good = e["success_rate"] >= CONVERGED["success_rate"] and e["failure_rate"] <= CONVERGED["failure_rate"]
-        row = [*row, e["step"]] if good else []
-        if len(row) == CONVERGED["evaluations"]:
-            return row[0]
-    return None
 
 
 def train(args: Args) -> dict:
@@ -586,6 +569,7 @@ def train(args: Args) -> dict:
     torch.set_num_threads(args.threads)
     vec = envs.make_training(args, flat=False, device=device.type)
     agent = make_grid_agent(vec, args).to(device)
+    rollout.require_metric(args.best_metric, vec)
     adam = {"lr": args.learning_rate, "eps": 1e-5, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(agent.parameters(), **adam)
     scaler = RewardScaler(args.num_envs, args.gamma).to(device)
@@ -633,7 +617,8 @@ def train(args: Args) -> dict:
             run.require_finite_update(agent, scalars, step)
 
             evaluation = None
-            if iteration == iterations or evaluation_due(args, step, batch_size):
+            every = args.eval_every * (1 + (step > args.eval_slow_after))
+            if iteration == iterations or run.due(every, step, batch_size):
                 evaluation = rollout.evaluate(Deployed(agent), args, "validation", record.video(step))
                 evaluations.append(
                     {"step": step, **{name: evaluation[name] for name in ("success_rate", "failure_rate")}}
@@ -644,13 +629,13 @@ def train(args: Args) -> dict:
             record.log(step, recent, episodes, scalars, evaluation)
             if run.due(args.checkpoint_every, step, batch_size):
                 record.save(f"checkpoints/step_{step:09d}.pt", checkpoint())
-            if args.stop_at_convergence and converged_at(evaluations) is not None:
+            if args.stop_at_convergence and run.converged_at(evaluations) is not None:
                 break
 
         record.save("final.pt", checkpoint())
         agent.load_state_dict(best["agent"])
         run.export_onnx(agent, first, record.folder / "policy.onnx", "policy", args.env_kwargs)
-        return record.finish(step, best, converged_at_step=converged_at(evaluations))
+        return record.finish(step, best, converged_at_step=run.converged_at(evaluations))
 
 
 def evaluate(args: Args) -> dict:

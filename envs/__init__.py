@@ -106,6 +106,14 @@ def evaluation_episodes(args: Any, vec: BatchEnv | GymVec) -> int:
     return args.eval_episodes or limit
 
 
+def require_grid(vec: Any) -> None:
+    """Raises UserError unless observations are those of SocNavGrid-v0."""
+    space = vec.single_observation_space
+    if not isinstance(space, gym.spaces.Dict) or "grid" not in space.spaces:
+        what = " ".join(str(space).split())
+        raise UserError(f"observations must be those of SocNavGrid-v0, not {what}; ppo_continuous.py takes flat ones")
+
+
 def require_flat_box(vec: Any) -> None:
     """Raises UserError unless observations are flat Boxes and actions bounded ones."""
     obs, action = vec.single_observation_space, vec.single_action_space

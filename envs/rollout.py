@@ -233,20 +233,20 @@ def score(result: dict) -> tuple[float, float]:
 
 def better(result: dict, best: dict, metric: str) -> bool:
     """Whether an evaluation is better than the best so far by success_rate, failure_rate, mean_return or one of the
-    task's metrics; where they are equal, by `score`.
-
-    Raises:
-        UserError: there is no such metric.
-    """
+    task's metrics; where they are equal, by `score`."""
 
     def key(evaluation: dict) -> tuple:
-        values = {**evaluation, **evaluation["metrics"]}
-        known = [name for name in (*RATES, *evaluation["metrics"]) if values[name] is not None]
-        if metric not in known:
-            raise UserError(f"--best-metric {metric}: no such metric; there are {', '.join(known)}")
-        return (-values[metric] if metric in LOWER_IS_BETTER else values[metric]), score(evaluation)
+        value = {**evaluation, **evaluation["metrics"]}[metric]
+        return (-value if metric in LOWER_IS_BETTER else value), score(evaluation)
 
     return key(result) > key(best)
+
+
+def require_metric(metric: str, vec: Any) -> None:
+    """Raises UserError unless a vector environment's evaluations have this metric."""
+    known = (*RATES, *vec.measures)
+    if metric not in known:
+        raise UserError(f"--best-metric {metric}: no such metric; there are {', '.join(known)}")
 
 
 def measure(policy: Policy, base_policy: Policy | None, args: Any) -> dict:

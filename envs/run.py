@@ -137,6 +137,20 @@ def due(every: int, step: int, batch_size: int) -> bool:
     return every > 0 and step // every > (step - batch_size) // every
 
 
+CONVERGED_SUCCESS, CONVERGED_FAILURE, IN_A_ROW = 0.9, 0.05, 3
+
+
+def converged_at(evaluations: list[dict]) -> int | None:
+    """The step of the first of three evaluations in a row with success >= 0.9 and failure <= 0.05; None without."""
+    row: list[int] = []
+    for e in evaluations:
+        good = e["success_rate"] >= CONVERGED_SUCCESS and e["failure_rate"] <= CONVERGED_FAILURE
+        row = [*row, e["step"]] if good else []
+        if len(row) == IN_A_ROW:
+            return row[0]
+    return None
+
+
 # Files: written whole or not at all
 
 

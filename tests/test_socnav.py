@@ -693,8 +693,9 @@ def test_mistakes_are_explained_in_one_line(arguments, message):
 
 
 def test_a_crowd_that_does_not_fit_is_refused(monkeypatch):
-    room = {"size": (12.0, 4.0), "start": (9, 2, 9, 2), "goal": (10, 2, 10, 2), "obstacles": ((3.6, 1, 11, 3),)}
-    tiny = Scenario("tiny", "train", time_limit=300, crowds=(Stream(0.5, zone=(1.5, 1.5, 3.0, 2.5)),) * 40, **room)
+    room = {"size": (22.0, 14.0), "border": 6.0, "start": (15, 7, 15, 7), "goal": (15, 7, 15, 7)}
+    crowds = (Stream(0.5, zone=(6.6, 6.6, 7.8, 7.4)),) * 40
+    tiny = Scenario("tiny", "train", time_limit=300, obstacles=((8.6, 6, 16, 8),), crowds=crowds, **room)
     monkeypatch.setattr(environment, "choose", lambda *_: [tiny])
     with pytest.raises(UserError, match="the crowd is too dense") as error:
         envs.make_vec("SocNavGrid-v0", 1, training=False, crowd_density=0.5)

@@ -119,6 +119,7 @@ class SocNavGrid(BatchEnv):
 
     metadata: ClassVar = {**BatchEnv.metadata, "render_fps": 10}
     controllers: ClassVar = controllers.CONTROLLERS
+    measures: ClassVar = metrics.MEASURES
 
     def __init__(
         self,

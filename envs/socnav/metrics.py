@@ -19,6 +19,11 @@ FILE = Path(__file__).parents[1] / "assets" / "socnav_snqi.json"
 WEIGHTS = ("success", "time", "collisions", "near_misses", "comfort_exposure", "force_exceed", "jerk")
 NORMALISED = ("collisions", "near_misses", "force_exceed", "jerk")
 
+MEASURES = (  # of an episode, beside return, length, success and failure
+    *("pedestrian_collision", "obstacle_collision", "timeout", "near_misses", "force_exceed", "comfort_exposure"),
+    *("jerk", "path_efficiency", "time_to_goal", "snqi"),
+)
+
 NEAR = 0.5  # m of clearance to a pedestrian below which a step is a near miss
 NEAR_WALL = 0.3  # m of clearance to a wall below which it counts as near
 
