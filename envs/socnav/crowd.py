@@ -39,7 +39,7 @@ class Crowd:
 
     Attributes:
         start: (N,) the row of the world that each row of ours plays.
-        position, velocity: (2, N, P) m, m/s; an empty slot is far away.
+        position, velocity: (2, N, P) m, m/s, views of motion (4, N, P); an empty slot is far away.
         way: (N, P) waypoint that each walks to; pause: (N, P) s that it still stands.
         member: (N, P) whether it feels its group.
     """
@@ -48,7 +48,8 @@ class Crowd:
         self.world, self.robot_radius, self.obstacles, self.repulsion = world, robot_radius, obstacles, repulsion
         shape, device = (num_envs, world.slots), world.map.device
         self.start = torch.zeros(num_envs, dtype=torch.int64, device=device)
-        self.position, self.velocity = torch.zeros(2, *shape, device=device), torch.zeros(2, *shape, device=device)
+        self.motion = torch.zeros(4, *shape, device=device)
+        self.position, self.velocity = self.motion[:2], self.motion[2:]
         self.way = torch.zeros(shape, dtype=torch.int64, device=device)
         self.pause = torch.zeros(shape, device=device)
         self.member = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -103,15 +104,16 @@ class Crowd:
 
     def step(self, pose: Tensor) -> Tensor:
         """One step of all, with the robots at pose (3, N). Returns how many felt an offensive force (N,)."""
-        x, v = pick(self.position.flatten(1), self.who), pick(self.velocity.flatten(1), self.who)
+        x, v = pick(self.motion.flatten(1), self.who).split(2)
         robot = pick(pose, self.row)
         standing = pick(self.pause.flatten(), self.who) > 0
         member = torch.where(self.role == LEAVE, standing, pick(self.member.flatten(), self.who))
         size, centroid = self._groups(x, member)
         x, v, goal = self._turn(x, v, centroid, standing, robot)
 
-        apart = pick(x, self.one) - pick(x, self.other)
-        social = pedestrian_force(apart, pick(v, self.other) - pick(v, self.one))
+        motion = torch.cat([x, v])
+        apart, relative = (pick(motion, self.one) - pick(motion, self.other)).split(2)
+        social = pedestrian_force(apart, -relative)
         force = sum_over(self.one, social, len(self.who)) + desired_force(goal - x, v, self.speed)
         if len(self.kin_one):
             force += group_force(x, goal - x, centroid, size)
@@ -126,8 +128,7 @@ class Crowd:
         v = v + DT * force
         v = v * (self.speed / length(v).clamp(min=TINY)).clamp(max=1) * ~standing
         x = x + DT * v
-        self.position.flatten(1).index_copy_(1, self.who, x)
-        self.velocity.flatten(1).index_copy_(1, self.who, v)
+        self.motion.flatten(1).index_copy_(1, self.who, torch.cat([x, v]))
         offensive = (length(force) > OFFENSIVE).to(x)
         return sum_over(self.row, offensive[None], len(self.start))[0]
 

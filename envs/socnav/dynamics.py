@@ -36,7 +36,7 @@ TINY = 1e-5
 
 def length(vector: Tensor) -> Tensor:
     """|vector| of (2, ...) -> (...)."""
-    return torch.hypot(*vector)
+    return torch.hypot(*vector.unbind())
 
 
 def unit(vector: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def unit(vector: Tensor) -> Tensor:
 
 def rotate(vector: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(2, ...) turned anticlockwise by the angle with this cosine and sine (...)."""
-    x, y = vector
+    x, y = vector.unbind()
     return torch.stack([cos * x - sin * y, sin * x + cos * y])
 
 
@@ -71,8 +71,9 @@ def pedestrian_force(apart: Tensor, relative_velocity: Tensor) -> Tensor:
 
     apart: position minus the other's (2, K); relative_velocity: the other's velocity minus one's own (2, K)."""
     distance = length(apart).clamp(min=TINY)
-    nx, ny = direction = apart / distance
-    x, y = VELOCITY_WEIGHT * relative_velocity + direction
+    direction = apart / distance
+    nx, ny = direction.unbind()
+    x, y = (VELOCITY_WEIGHT * relative_velocity + direction).unbind()
     norm = torch.hypot(x, y).clamp(min=TINY)
     # |theta| by the half-angle form of atan2, which is the same in every lane of a vector unit, as atan2 is not
     cross, dot = nx * y - ny * x, nx * x + ny * y
@@ -170,7 +171,7 @@ def drive(robot: Robot, pose: Tensor, speed: Tensor, action: Tensor) -> tuple[Te
     Returns:
         The next pose and speed.
     """
-    x, y, heading = pose
+    x, y, heading = pose.unbind()
     first, second = action[0].clamp(robot.low[0], robot.high[0]), action[1].clamp(robot.low[1], robot.high[1])
     v = (speed[0] + DT * first).clamp(robot.min_speed, robot.max_speed)
     if robot.name == "differential":  # trapezoidal: mean speeds, along the heading in the middle of the step

@@ -179,6 +179,11 @@ class SocNavGrid(BatchEnv):
 
     # Episodes
 
+    @torch.inference_mode()
+    def step(self, actions: Array) -> tuple[dict, Array, Array, Array, dict]:
+        return super().step(actions)
+
+    @torch.inference_mode()
     def reset(self, *, seed: int | list | None = None, options: dict | None = None) -> tuple[dict, dict]:
         if seed is not None:
             seeds = seed_of_each(seed, self.num_envs)
@@ -209,48 +214,44 @@ class SocNavGrid(BatchEnv):
     # A step
 
     def advance(self, action: Array) -> tuple[Array, Array, dict[str, Array]]:
-        action = torch.as_tensor(action, device=self.device).float().T.clamp(-self.scale, self.scale) / self.scale
-        felt = self.crowd.step(self.pose)
-        before, arc_before = self.pose, self.arc
-        self.pose, self.speed = drive(self.robot, before, self.speed, action * self.scale)
-        way = length(self.pose[:2] - before[:2])
-        self.arc = self._arc()
-        to_pedestrian, to_wall = self._clearances()
-        change, self.action = length(action - self.action), action
+        step = self._move(torch.as_tensor(action, device=self.device).float().T / self.scale)
+        reward = sum(weight * metrics.TERMS[name](step) for name, weight in self.weights.items())
+        self.sums += torch.stack([step.near, step.felt, step.share, step.change, step.way])
+        done = step.goal | step.pedestrian | step.wall
+        measured = self._measure(step) if (done | step.timeout).any() else {}
+        return self._out(reward), self._out(done), measured
 
+    def _move(self, action: Tensor) -> metrics.Step:
+        """Everybody's step, robots with an action (2, N) in [-1, 1], and what came of it."""
+        action = action.clamp(-1, 1)
+        felt = self.crowd.step(self.pose)
+        before, arc_before = self.pose.clone(), self.arc.clone()
+        pose, speed = drive(self.robot, self.pose, self.speed, action * self.scale)
+        self.pose.copy_(pose), self.speed.copy_(speed), self.arc.copy_(self._arc())
+        change = length(action - self.action)
+        self.action.copy_(action)
+
+        to_pedestrian, to_wall = self._clearances()
         pedestrian, wall = to_pedestrian <= 0, to_wall <= 0
         contact = pedestrian | wall
         goal = (length(self.pose[:2] - self.place.waypoints[:, :, -1]) <= self.radius + GOAL_RADIUS) & ~contact
         ended = torch.as_tensor(self.episode_length + 1 >= self.limit, device=self.device)
-        timeout = ended & ~goal & ~contact
-        near = (to_pedestrian < metrics.NEAR) & ~pedestrian
-        share = felt / self.place.people.clamp(min=1)
-        progress = self.arc - arc_before
-        terms = {
-            "step": torch.ones_like(way),
-            "time": 1 / self.place.limit,
-            "progress": progress.clamp(-1, 1),
-            "goal": goal,
-            "pedestrian_contact": pedestrian,
-            "obstacle_contact": wall,
-            "timeout": timeout,
-            "near_miss": (1 - to_pedestrian / metrics.NEAR).clamp(0, 1),
-            "near_wall": (1 - to_wall / metrics.NEAR_WALL).clamp(0, 1),
-            "near_step": near,
-            "force_exceed": felt,
-            "comfort": share,
-            "action_change": change,
-            "action_change_squared": change.square(),
-            "stagnation": progress <= 0,
-            "backwards": -(DT * self.speed[0]).clamp(max=0),
-        }
-        reward = sum(weight * terms[name] for name, weight in self.weights.items())
-        self.sums += torch.stack([near, felt, share, change, way])
-        done = goal | contact
-        measured = {}
-        if (done | ended).any():
-            measured = self._measure(goal, pedestrian, wall, timeout)
-        return self._out(reward), self._out(done), measured
+        return metrics.Step(
+            progress=self.arc - arc_before,
+            goal=goal,
+            pedestrian=pedestrian,
+            wall=wall,
+            timeout=ended & ~goal & ~contact,
+            near=(to_pedestrian < metrics.NEAR) & ~pedestrian,
+            to_pedestrian=to_pedestrian,
+            to_wall=to_wall,
+            felt=felt,
+            share=felt / self.place.people.clamp(min=1),
+            change=change,
+            way=length(self.pose[:2] - before[:2]),
+            speed=self.speed[0],
+            limit=self.place.limit,
+        )
 
     def _arc(self) -> Tensor:
         """The place on the route (N,), m from its beginning, that is nearest to the robot, near the last one."""
@@ -267,23 +268,23 @@ class SocNavGrid(BatchEnv):
         _, to_rectangle = from_rectangles(self.pose[:2], self.place.rectangles)
         return distance - self.radius - PEDESTRIAN_RADIUS, to_rectangle.amin(1) - self.radius
 
-    def _measure(self, goal: Tensor, pedestrian: Tensor, wall: Tensor, timeout: Tensor) -> dict[str, Array]:
+    def _measure(self, step: metrics.Step) -> dict[str, Array]:
         """The metrics of episodes, as if every row's ended now."""
         steps, limit = torch.as_tensor(self.episode_length + 1, device=self.device), self.place.limit
         near, felt, comfort, change, way = self.sums
         shortest = self.place.arc[:, -1] - self.radius - GOAL_RADIUS
         found = {
-            "is_success": goal,
-            "is_failure": pedestrian | wall,
-            "pedestrian_collision": pedestrian.float(),
-            "obstacle_collision": wall.float(),
-            "timeout": timeout.float(),
+            "is_success": step.goal,
+            "is_failure": step.pedestrian | step.wall,
+            "pedestrian_collision": step.pedestrian.float(),
+            "obstacle_collision": step.wall.float(),
+            "timeout": step.timeout.float(),
             "near_misses": near.clone(),
             "force_exceed": felt.clone(),
             "comfort_exposure": comfort / steps,
             "jerk": change / steps,
             "path_efficiency": (shortest / way.clamp(min=1e-6)).clamp(0, 1),
-            "time_to_goal": DT * torch.where(goal, steps, limit),
+            "time_to_goal": DT * torch.where(step.goal, steps, limit),
         }
         values = {name: x.cpu().numpy().astype(float) for name, x in found.items()}
         values["success"], values["collisions"] = values["is_success"], values["is_failure"]
@@ -310,9 +311,9 @@ class SocNavGrid(BatchEnv):
         points = limited(rotate(points, cos[:, None], sin[:, None]), GOAL_RANGE)  # (2, n, 3)
         goal = torch.cat([points.permute(1, 2, 0).flatten(1), remaining[:, None]], dim=1)
 
-        position = self.crowd.position[:, rows] - pose[:2, :, None]
-        position = rotate(position, cos[:, None], sin[:, None])
-        velocity = rotate(self.crowd.velocity[:, rows], cos[:, None], sin[:, None])
+        motion = self.crowd.motion[:, rows]
+        both = torch.stack([motion[:2] - pose[:2, :, None], motion[2:]], dim=1)
+        position, velocity = rotate(both, cos[:, None], sin[:, None]).unbind(1)
         order = position.square().sum(0).argsort(dim=1)[:, :NEAREST]
         people = torch.stack([*limited(position, PEDESTRIAN_RANGE), *(velocity / PEDESTRIAN_SPEED).clamp(-1, 1)], -1)
         count = here.people.clamp(max=NEAREST)
@@ -355,6 +356,7 @@ class SocNavGrid(BatchEnv):
             **{"upcoming": self.upcoming, "world": np.array([checksum])},
         }
 
+    @torch.inference_mode()
     def load_state_dict(self, state: dict) -> dict:
         if int(state["arrays"]["world"][0]) != int(self.state()["world"][0]):
             raise UserError("the run drove through other scenarios; use the version and the arguments that it had")

@@ -8,12 +8,16 @@ SNQI, the social navigation quality index, is one number for an episode:
 with medians and 95th percentiles of a baseline policy, so that 1 is as bad as its worst twentieth.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from envs.run import UserError, read_json
+from envs.socnav.dynamics import DT
 
 FILE = Path(__file__).parents[1] / "assets" / "socnav_snqi.json"
 WEIGHTS = ("success", "time", "collisions", "near_misses", "comfort_exposure", "force_exceed", "jerk")
@@ -27,24 +31,44 @@ MEASURES = (  # of an episode, beside return, length, success and failure
 NEAR = 0.5  # m of clearance to a pedestrian below which a step is a near miss
 NEAR_WALL = 0.3  # m of clearance to a wall below which it counts as near
 
-# What one step can be rewarded or charged for; each is a number per row:
-TERMS = {
-    "step": "1",
-    "time": "the share of the time limit that a step takes",
-    "progress": "metres gained along the route, at most 1",
-    "goal": "1 when the goal is reached without contact",
-    "pedestrian_contact": "1 on contact with a pedestrian",
-    "obstacle_contact": "1 on contact with an obstacle",
-    "timeout": "1 when the time is up",
-    "near_miss": "from 0 at half a metre of clearance to a pedestrian to 1 at contact",
-    "near_wall": "from 0 at 0.3 m of clearance to an obstacle to 1 at contact",
-    "near_step": "1 within half a metre of clearance to a pedestrian",
-    "force_exceed": "pedestrians that feel more than 2 m/s^2",
-    "comfort": "the share of all pedestrians that do",
-    "action_change": "|a - a of the last step|, in units of half the action's range",
-    "action_change_squared": "its square",
-    "stagnation": "1 without progress",
-    "backwards": "metres driven backwards",
+
+class Step(NamedTuple):
+    """What a step did, a number for each of N rows."""
+
+    progress: Tensor  # m along the route
+    goal: Tensor  # bool: reached, and without contact
+    pedestrian: Tensor  # bool: contact with a pedestrian
+    wall: Tensor  # bool: contact with an obstacle
+    timeout: Tensor  # bool: the time is up
+    near: Tensor  # bool: within half a metre of a pedestrian
+    to_pedestrian: Tensor  # m of clearance to the nearest one
+    to_wall: Tensor  # m of clearance to the nearest obstacle
+    felt: Tensor  # pedestrians that felt more than 2 m/s^2
+    share: Tensor  # the same as a share of all pedestrians
+    change: Tensor  # |a - a of the last step|, in units of half the action's range
+    way: Tensor  # m driven
+    speed: Tensor  # m/s, forward
+    limit: Tensor  # steps, the time limit
+
+
+# What a step can be rewarded or charged for
+TERMS: dict[str, Callable[[Step], Tensor]] = {
+    "step": lambda s: torch.ones_like(s.way),
+    "time": lambda s: 1 / s.limit,  # adds up to at most 1
+    "progress": lambda s: s.progress.clamp(-1, 1),
+    "goal": lambda s: s.goal,
+    "pedestrian_contact": lambda s: s.pedestrian,
+    "obstacle_contact": lambda s: s.wall,
+    "timeout": lambda s: s.timeout,
+    "near_miss": lambda s: (1 - s.to_pedestrian / NEAR).clamp(0, 1),  # 1 at contact
+    "near_wall": lambda s: (1 - s.to_wall / NEAR_WALL).clamp(0, 1),  # 1 at contact
+    "near_step": lambda s: s.near,
+    "force_exceed": lambda s: s.felt,
+    "comfort": lambda s: s.share,
+    "action_change": lambda s: s.change,
+    "action_change_squared": lambda s: s.change.square(),
+    "stagnation": lambda s: s.progress <= 0,
+    "backwards": lambda s: -(DT * s.speed).clamp(max=0),  # m
 }
 REWARDS: dict[str, dict[str, float]] = {
     "simple": {"time": -0.1, "pedestrian_contact": -5.0, "obstacle_contact": -2.0, "goal": 1.0},
