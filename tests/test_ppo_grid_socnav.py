@@ -4,6 +4,7 @@ Functions that the scripts share letter by letter are tested in test_ppo.py. Run
 scenario, unless they ask for `full_length`."""
 
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -66,17 +67,18 @@ def full_length():
 
 
 def make_agent(encoder="rays", channels=CHANNELS, size=SIZE, bound=(1.0, 0.5), seed=0, **kwargs):
-    """An agent in float64 whose outputs are not near zero."""
+    """An agent in float64 whose actions reach their bounds."""
     torch.manual_seed(seed)
     small = {"cnn_channels": (4, 4, 4), "rays": RAYS, "people": PEOPLE, "set_units": 8, "hidden_sizes": (16,)}
     args = ppo.Args(grid_encoder=encoder, **{**small, **kwargs})
     space, high = environment.observation_space(channels, size), np.array(bound, np.float32)
     agent = ppo.GridAgent(space, -high, high, channels, 2.0, args).double()
-    with torch.no_grad():
-        agent.actor[1][-1].weight.mul_(100)
-        agent.log_std.copy_(torch.tensor([-0.3, 0.4]))
+    obs = observations(50, channels, size, seed=9)
     if args.norm_obs:
-        agent.normalizer.update(agent.see(observations(50, channels, size, seed=9)))
+        agent.normalizer.update(agent.see(obs))
+    with torch.no_grad():
+        agent.actor[1][-1].weight.mul_(1 / outputs(agent, obs)[:, :2].std())
+        agent.log_std.copy_(torch.tensor([-0.3, 0.4]))
     return agent
 
 
@@ -460,20 +462,7 @@ GOOD, POOR, HITS = (0.9, 0.05), (0.89, 0.0), (0.94, 0.06)
     ],
 )
 def test_convergence_is_the_first_of_three_good_evaluations_in_a_row(rates, step):
-    assert ppo.converged_at(evaluations(*rates)) == step
-
-
-@pytest.mark.parametrize("batch", [8192, 65_536, 10_000, 100_000, 500_000])
-def test_evaluations_are_half_as_frequent_after_three_million_steps(batch):
-    args = ppo.Args(eval_every=500_000, eval_slow_after=3_000_000)
-    due = [step for step in range(batch, 6_500_000, batch) if ppo.evaluation_due(args, step, batch)]
-    marks = [500_000, 1_000_000, 1_500_000, 2_000_000, 2_500_000, 3_000_000, 4_000_000, 5_000_000, 6_000_000]
-    assert due == [math.ceil(mark / batch) * batch for mark in marks]
-
-
-def test_no_evaluations_before_the_end_if_none_are_asked_for():
-    args = ppo.Args(eval_every=0)
-    assert not any(ppo.evaluation_due(args, step, 8192) for step in range(8192, 5_000_000, 8192))
+    assert run.converged_at(evaluations(*rates)) == step
 
 
 def evaluation(success=0.5, failure=0.1, mean_return=1.0, **others):
@@ -518,17 +507,21 @@ def test_every_metric_of_the_task_that_should_be_small_is_better_when_small():
     assert not large & rollout.LOWER_IS_BETTER
 
 
-@pytest.mark.parametrize("metric", ["sucess_rate", "per_episode", "metrics", "cost", ""])
+@pytest.mark.parametrize("metric", ["sucess_rate", "per_episode", "metrics", "scenario", "cost", ""])
 def test_an_unknown_metric_is_named_with_those_that_there_are(metric):
+    vec = envs.make_vec("SocNavGrid-v0", 1, **PLACE)
     with pytest.raises(UserError, match=r"such metric; there are success_rate, failure_rate, .*snqi") as error:
-        rollout.better(evaluation(snqi=0.1), evaluation(snqi=0.2), metric)
+        rollout.require_metric(metric, vec)
     assert f"--best-metric {metric}:" in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_metric_that_the_task_does_not_define_is_unknown():
-    with pytest.raises(UserError, match="--best-metric failure_rate: no such metric; there are success_rate, mean_ret"):
-        rollout.better(evaluation(failure=None), evaluation(failure=None), "failure_rate")
+def test_every_metric_of_an_evaluation_can_choose_the_best_policy(whole):
+    vec = envs.make_vec("SocNavGrid-v0", 1, **PLACE)
+    best = whole[2]["best"]
+    for metric in ("success_rate", "failure_rate", "mean_return", "mean_length", *best["metrics"]):
+        rollout.require_metric(metric, vec)
+        assert not rollout.better(best, best, metric)
 
 
 def test_by_scenario_by_hand():
@@ -557,8 +550,9 @@ def tiny(folder, **kwargs):
     """Settings of a run of four updates that lies in `folder`."""
     settings = {
         "env_kwargs": PLACE, "num_envs": 8, "num_steps": 16, "minibatch_size": 64, "update_epochs": 2,
-        "hidden_sizes": (16,), "cnn_channels": (4, 4, 4), "set_units": 8, "total_timesteps": FULL, "eval_every": HALF,
-        "eval_episodes": 2, "checkpoint_every": BATCH, "run_root": str(folder.parent), "run_name": folder.name,
+        "hidden_sizes": (16,), "cnn_channels": (4, 4, 4), "set_units": 8, "threads": 1, "total_timesteps": FULL,
+        "eval_every": HALF, "eval_episodes": 2, "checkpoint_every": BATCH,
+        "run_root": str(folder.parent), "run_name": folder.name,
     }  # fmt: skip
     return ppo.Args(**{**settings, **kwargs})
 
@@ -743,7 +737,7 @@ def test_a_run_that_a_signal_stopped_continues_as_if_nothing_had_been(whole, tmp
         assert main(flags(replace(whole[1], run_root=str(tmp_path), run_name="run"))) == 143
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     snapshot = run.load_checkpoint(folder / "interrupted.pt")
-    assert snapshot["step"] == (BATCH if where is in_evaluation else 0 if snapshot["step"] == 0 else snapshot["step"])
+    assert snapshot["step"] == {in_rollout: HALF, in_update: HALF, in_evaluation: BATCH}[where]
     assert not (folder / "final.pt").exists()
     assert main(f"--resume {folder}") == 0
     same_runs(folder, whole[0])
@@ -864,6 +858,7 @@ def test_reward_weights_reach_training_and_not_evaluation(batches, tmp_path, mai
     file.write_text(json.dumps(weights))
     made, init = {}, environment.SocNavGrid.__init__
 
+    @functools.wraps(init)
     def spy(self, *args, **kwargs):
         init(self, *args, **kwargs)
         made[self.training, self.split] = self.weights
@@ -924,6 +919,29 @@ def test_convergence_counts_evaluations_from_before_a_resume(judged, tmp_path):
     assert ppo.train(args)["converged_at_step"] is None
     summary = ppo.train(replace(args, resume=str(tmp_path / "run"), run_name=None, total_timesteps=9 * BATCH))
     assert (summary["steps"], summary["converged_at_step"]) == (6 * BATCH, 4 * BATCH)
+
+
+@pytest.mark.parametrize("num_steps", [13, 31, 62, 100])
+def test_evaluations_are_twice_as_far_apart_after_a_while(judged, tmp_path, monkeypatch, num_steps):
+    """Every 500 steps until 3,000, then every 1,000, and at the end; a thousandth of the defaults."""
+    args = ppo.Args()
+    assert (args.eval_every, args.eval_slow_after) == (500_000, 3_000_000)
+    judged += [POOR] * 100
+    monkeypatch.setattr(ppo, "collect", lambda agent, vec, args, obs, *others: (None, obs, []))
+    monkeypatch.setattr(ppo, "learn", lambda *args, **kwargs: {})
+    batch = 8 * num_steps
+    settings = {"num_steps": num_steps, "minibatch_size": 8, "total_timesteps": 6_400, "checkpoint_every": 0}
+    ppo.train(tiny(tmp_path / "run", eval_every=500, eval_slow_after=3_000, **settings))
+    last = 6_400 // batch * batch
+    marks = [500, 1_000, 1_500, 2_000, 2_500, 3_000, 4_000, 5_000, 6_000, last]
+    expected = dict.fromkeys(math.ceil(mark / batch) * batch for mark in marks if mark <= last)
+    assert [line["step"] for line in lines(tmp_path / "run/evaluations.jsonl")] == list(expected)
+
+
+def test_without_an_interval_only_the_end_is_evaluated(judged, tmp_path):
+    judged += [POOR]
+    ppo.train(tiny(tmp_path / "run", eval_every=0, total_timesteps=HALF))
+    assert [line["step"] for line in lines(tmp_path / "run/evaluations.jsonl")] == [HALF]
 
 
 @pytest.mark.parametrize(("metric", "best"), [("success_rate", 2), ("failure_rate", 3)])
@@ -1048,12 +1066,16 @@ def test_an_exported_policy_is_measured(full_length, tmp_path, main, monkeypatch
     assert results[0]["mean_return"] == pytest.approx(results[1]["mean_return"], abs=1e-3)
 
 
-@pytest.mark.parametrize("policy", ["run", "pursuit"])
-def test_one_place_of_the_test_split_is_measured(whole, main, capsys, policy):
-    """As the script's own docstring says."""
-    source = whole[0] if policy == "run" else policy
-    place = "--eval-episodes 1 --env-kwargs scenario francis2023_blind_corner"
-    assert main(f"--evaluate {source} {place}") == 0
+ONE_PLACE = "--eval-episodes 1 --env-kwargs scenario francis2023_blind_corner"  # as the script's docstring has it
+
+
+def test_a_run_is_measured_in_one_place_of_the_test_split(whole, main, capsys):
+    assert main(f"--evaluate {whole[0]} {ONE_PLACE}") == 0
+    assert "francis2023_blind_corner" in capsys.readouterr().out
+
+
+def test_a_controller_is_measured_in_one_place_of_the_test_split(main, capsys):
+    assert main(f"--evaluate pursuit {ONE_PLACE}") == 0
     assert "francis2023_blind_corner" in capsys.readouterr().out
 
 

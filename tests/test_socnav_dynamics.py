@@ -388,12 +388,14 @@ def begun(world, obstacles=True, repulsion=True):
 
 
 def compare(scenario, starts, steps, horizon=10, **switches):
-    """Steps a batch of starts and a plain loop that begins anew from the batch's state every `horizon` steps: in single
-    precision each step adds some 1e-6 m, and neighbours multiply it. Returns all states of the batch: positions
-    (T, 2, N, P), ways, pauses and who is a member (T, N, P)."""
-    world = make_world([scenario], starts)
+    """Steps a batch of starts of one or more scenarios, and a plain loop that begins anew from the batch's state every
+    `horizon` steps: in single precision each step adds some 1e-6 m, and neighbours multiply it.
+
+    Returns all states of the batch: positions (T, 2, N, P), ways, pauses and who is a member (T, N, P)."""
+    scenarios = scenario if isinstance(scenario, list) else [scenario]
+    world = make_world(scenarios, starts)
     crowd = begun(world, **switches)
-    plain = [Reference(world, i, scenario, **switches) for i in range(starts)]
+    plain = [Reference(world, i, scenarios[m], **switches) for i, m in enumerate(world.map)]
     history = []
     for t in range(steps):
         if t % horizon == 0:
@@ -467,6 +469,12 @@ def test_everybody_moves_as_in_a_plain_loop():
 )
 def test_the_scenarios_move_as_in_a_plain_loop(name, starts, steps):
     compare(load_scenarios()[name], starts, steps)
+
+
+def test_every_row_is_on_its_own_map():
+    compare(
+        [load_scenarios()[f"francis2023_{name}"] for name in ("narrow_hallway", "blind_corner", "join_group")], 2, 40
+    )
 
 
 @pytest.mark.parametrize("switches", [{"obstacles": False}, {"repulsion": False}])

@@ -79,13 +79,16 @@ def test_obstacles_are_the_cells_whose_centre_is_solid(where, resolutions):
     assert compared or resolution < 0.5
 
 
-def test_where_walls_lie_on_the_raster_the_grid_is_exact():
-    scenario = a_map((24, 18), [(5.25, 5, 8.5, 9.25), (14.25, 3.5, 15.25, 14.75)], border=1.25)
+@pytest.mark.parametrize(("resolution", "unit"), [(0.5, 0.25), (0.25, 0.25), (0.2, 0.1), (0.125, 0.1)])
+def test_where_walls_lie_on_the_raster_the_grid_is_exact(resolution, unit):
+    """Cells of 0.25 m, or of 0.1 m for what is finer than that."""
+    boxes = np.array([(21, 20, 34, 37), (57, 14, 61, 59), (36, 45, 39, 47)]) * unit
+    scenario = a_map((96 * unit, 72 * unit), boxes.tolist(), border=5 * unit)
     world, rng = make_world(scenario), np.random.default_rng(0)
-    for _ in range(20):
-        pose = rng.uniform((-1, -1, -3), (25, 19, 3)).tolist()
-        grid = draw(world, [pose], size=16)[0, 0]
-        for row, column, x, y in cells(pose, 16, 0.5):
+    for _ in range(12):
+        pose = rng.uniform((0, 0, -3), (96 * unit, 72 * unit, 3)).tolist()
+        grid = draw(world, [pose], size=20, resolution=resolution)[0, 0]
+        for row, column, x, y in cells(pose, 20, resolution):
             solid, distance = solid_and_distance(scenario, x, y)
             assert grid[row, column] == solid or distance < 1e-3
 

@@ -22,6 +22,7 @@ JOIN, LEAVE = ROLES.index("join"), ROLES.index("leave")
 ESCORTS = [ROLES.index(role) for role in ("follow", "lead", "accompany")]
 OFFENSIVE = 2.0  # m/s^2; a force above it counts against comfort
 RETURN = 3.0  # m from the robot, nearer than which nobody appears again
+GROUP = 2.2  # m that the members of a group may be away from the first of them
 
 
 def sum_over(index: Tensor, values: Tensor, size: int) -> Tensor:
@@ -64,7 +65,8 @@ class Crowd:
         self.member[rows] = people["member"][start]
         self.index()
         # They walk at their nominal pace already
-        to_goal = self._goals(pick(self.way.flatten(), self.who)) - pick(self.position.flatten(1), self.who)
+        x, robot = pick(self.position.flatten(1), self.who), pick(self.world.pose.index_select(1, self.start), self.row)
+        to_goal = self._wishes(x, pick(self.way.flatten(), self.who), robot) - x
         walking = self.speed / SPEED_CAP * (pick(self.pause.flatten(), self.who) == 0)
         velocity = torch.zeros_like(self.velocity).flatten(1).index_copy(1, self.who, unit(to_goal) * walking)
         self.velocity[:, rows] = velocity.view_as(self.velocity)[:, rows]
@@ -102,6 +104,14 @@ class Crowd:
         path = self.world.pedestrians["path"]
         return pick(path.flatten(1), self.entry * path.shape[-1] + way)
 
+    def _wishes(self, x: Tensor, way: Tensor, robot: Tensor) -> Tensor:
+        """Where everybody wants to go (2, M): to a waypoint, to a place beside the robot (3, M), or nowhere."""
+        goal = torch.where(self.walks, self._goals(way), x)
+        if self.has_roles:
+            beside = robot[:2] + rotate(self.offset, torch.cos(robot[2]), torch.sin(robot[2]))
+            goal = torch.where(self.escorts, beside, goal)
+        return goal
+
     def step(self, pose: Tensor) -> Tensor:
         """One step of all, with the robots at pose (3, N). Returns how many felt an offensive force (N,)."""
         x, v = pick(self.motion.flatten(1), self.who).split(2)
@@ -109,7 +119,9 @@ class Crowd:
         standing = pick(self.pause.flatten(), self.who) > 0
         member = torch.where(self.role == LEAVE, standing, pick(self.member.flatten(), self.who))
         size, centroid = self._groups(x, member)
-        x, v, goal = self._turn(x, v, centroid, standing, robot)
+        x, v, goal, returns = self._turn(x, v, centroid, standing, robot)
+        if returns.any():
+            size, centroid = self._groups(x, member)
 
         motion = torch.cat([x, v])
         apart, relative = (pick(motion, self.one) - pick(motion, self.other)).split(2)
@@ -142,14 +154,14 @@ class Crowd:
         return size, torch.where(member, torch.stack(sums) / size, x)
 
     def _turn(self, x: Tensor, v: Tensor, centroid: Tensor, standing: Tensor, robot: Tensor) -> tuple:
-        """Let those whose group has reached its waypoint turn to the next one. Returns the new x and v, and where
-        everybody wants to go (2, M): to a waypoint, to a place beside the robot, or nowhere.
+        """Let those whose group has reached its waypoint turn to the next one. Returns the new x and v, where everybody
+        wants to go (2, M), and who came back (M,).
 
         At the end of its path a pedestrian stops, begins anew, or returns to where its crowd appears."""
         way = pick(self.way.flatten(), self.who)
         arrived = (length(centroid - self._goals(way)) < self.arrives) & ~standing & self.walks
         at_end = way == self.last
-        clear = (length(self.respawn - robot[:2]) > RETURN)[self.leader]  # nobody appears beside a robot
+        clear = (length(self.respawn - robot[:2]) > RETURN + GROUP)[self.leader]  # nobody appears beside a robot
         goes_on = arrived & (~at_end | (self.end == LOOP) | ((self.end == RESPAWN) & clear))
         returns = goes_on & at_end & (self.end == RESPAWN)
         next_way = torch.where(goes_on, torch.where(at_end, 0, way + 1), way)
@@ -159,9 +171,6 @@ class Crowd:
         self.way.flatten().index_copy_(0, self.who, next_way)
         self.pause.flatten().index_copy_(0, self.who, pause)
 
-        goal = torch.where(self.walks, self._goals(next_way), x)
         if self.has_roles:
             self.member.flatten()[self.who] |= arrived & at_end & (self.role == JOIN)
-            beside = robot[:2] + rotate(self.offset, torch.cos(robot[2]), torch.sin(robot[2]))
-            goal = torch.where(self.escorts, beside, goal)
-        return torch.where(returns, self.respawn, x), v * ~standing, goal
+        return torch.where(returns, self.respawn, x), v * ~standing, self._wishes(x, next_way, robot), returns

@@ -127,7 +127,7 @@ def group_repulsion(apart: Tensor) -> Tensor:
 def robot_force(apart: Tensor, robot_radius: float) -> Tensor:
     """10 / d^3 away from the robot's centre, up to 2.35 m from its hull: pedestrian minus robot (2, M) -> (2, M)."""
     distance = length(apart).clamp(min=TINY)
-    return ROBOT * apart / distance**4 * (distance <= ROBOT_RANGE + robot_radius)
+    return ROBOT * apart / distance.square().square() * (distance <= ROBOT_RANGE + robot_radius)
 
 
 # Robots

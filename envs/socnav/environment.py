@@ -414,7 +414,9 @@ def check(
         raise ValueError(
             f"crowd_density must be above 0 and at most 0.5, not {density}; pedestrians False empties a map"
         )
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, not {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: PyTorch finds no GPU here; use device cpu")
 
 

@@ -5,6 +5,7 @@ holds them all as tensors, one row a start, so that beginning an episode is copy
 """
 
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,15 +127,15 @@ class Start:
                 path, how = crowd.route[1:], {"end": RESPAWN, "first": passed}
             back = inside(crowd.start, self.rng) if crowd.start is not None else anchor
             for _ in range(size):
-                member = self._near(anchor, alone=size == 1)
-                self._add(member, path, leader, respawn=np.asarray(back) + (member - anchor if size > 1 else 0), **how)
+                again = self._near(back, size == 1, lambda place: self.off_walls(place[None]) > PEDESTRIAN_RADIUS)
+                self._add(self._near(anchor, size == 1, self.free), path, leader, respawn=again, **how)
 
-    def _near(self, anchor: np.ndarray, alone: bool) -> np.ndarray:
-        """A free place near the anchor of a group, not beside the robot; after 50 attempts somewhere farther away."""
+    def _near(self, anchor: np.ndarray, alone: bool, free: Callable[[np.ndarray], bool]) -> np.ndarray:
+        """A free place near the anchor of a group; after 50 attempts somewhere farther away."""
         for attempt in range(200):
             wide = 0.0 if alone and attempt == 0 else SPREAD * (1 + attempt // 50)
             place = anchor + np.clip(self.rng.normal(0, 1, 2), -2, 2) * wide
-            if self.free(place):
+            if free(place):
                 return place
         raise ValueError(f"no room for a pedestrian near {anchor.round(1).tolist()}: the crowd is too dense")
 
