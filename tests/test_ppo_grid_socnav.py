@@ -197,6 +197,18 @@ def test_only_the_nearest_pedestrians_are_looked_at(encoder):
     assert torch.equal(outputs(agent, {**obs, "pedestrians": others}), outputs(agent, obs))
 
 
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_empty_slots_count_nothing(encoder):
+    """A policy that could look at more people says the same where there are few."""
+    few, many = make_agent(encoder, people=3), make_agent(encoder, people=9)
+    many.load_state_dict(few.state_dict())
+    for count in range(4):
+        obs = observations(6, count=count)
+        torch.testing.assert_close(outputs(many, obs), outputs(few, obs), rtol=1e-12, atol=1e-12)
+    alone = few.actor[0](few.see(observations(6, count=0)))[:, few.sizes[0] :]
+    assert not alone[:, :16].any()  # what max and sum over nobody leave
+
+
 def test_more_people_than_an_observation_has_are_all_that_it_has():
     assert make_agent(people=1000).people == 64
 
@@ -834,6 +846,17 @@ def test_a_batch_keeps_what_was_seen_played_and_where_it_led(batches, tmp_path, 
     assert batch.action.abs().max() > 1.5  # as it was drawn, unclipped
 
 
+def test_rewards_are_scaled_if_asked_for(batches, tmp_path):
+    rewards = {}
+    for scaled in (False, True):
+        with pytest.raises(StopHereError):
+            ppo.train(tiny(tmp_path / str(scaled), norm_reward=scaled, gamma=0.9))
+        rewards[scaled] = batches["batch"].reward
+    expected = ppo.RewardScaler(8, 0.9)(rewards[False], batches["batch"].done)
+    torch.testing.assert_close(rewards[True], expected)
+    assert not torch.allclose(expected, rewards[False])
+
+
 def test_episodes_are_counted_where_they_ended(whole):
     for episode in lines(whole[0] / "episodes.jsonl"):
         assert episode["step"] % 8 == 0
@@ -989,6 +1012,7 @@ def test_the_learning_rate_falls_and_a_scheduled_deviation_follows(whole):
         start = ppo.make_grid_agent(vec, args).state_dict()
         changed = {name for name in start if name != "log_std" and not torch.equal(start[name], steps[0][name])}
         assert changed == {name for name in start if name.startswith("critic")}
+        assert not torch.equal(steps[0]["actor.1.0.weight"], steps[1]["actor.1.0.weight"])
 
 
 def test_the_bicycle_trains(tmp_path, main):
@@ -1100,7 +1124,7 @@ def test_a_run_in_another_directory_still_resumes(whole, tmp_path, main):
 def test_it_learns_to_drive(full_length, tmp_path):
     """300,000 steps on the whole training split with the settings as they are, a thirtieth of the default: the last 100
     episodes. What does not learn stays near 0."""
-    args = ppo.Args.tuned(total_timesteps=300_000, eval_every=0, eval_episodes=27, checkpoint_every=0)
+    args = ppo.Args.tuned(total_timesteps=300_000, eval_every=0, eval_episodes=27, checkpoint_every=0, threads=1)
     ppo.train(replace(args, run_root=str(tmp_path), run_name="run"))
     success = [line["success"] for line in lines(tmp_path / "run/episodes.jsonl")[-100:]]
     print(f"success rate of the last 100 episodes: {np.mean(success):.2f}", file=sys.stderr)

@@ -227,6 +227,18 @@ def test_evaluation_plays_the_scenarios_in_turn_whatever_the_rows():
     assert {result["success"] for result in results[0]} == {True, False}
 
 
+def test_a_row_goes_on_with_the_scenario_whose_turn_it_is():
+    vec = SocNavGrid(4, training=False, split="test", **TINY)
+    vec.reset(seed=0)
+    for turn in range(4):
+        playing = vec.world.map[vec.crowd.start].tolist()
+        assert playing == [(4 * turn + i) % 9 for i in range(4)]
+        vec.episode_length[:] = 10_000  # the next step is the last
+        *_, truncated, info = vec.step(np.zeros((4, 2), np.float32))
+        assert truncated.all()
+        assert info["scenario"].tolist() == [vec.world.names[m] for m in playing]
+
+
 def test_training_draws_scenarios_at_random():
     vec = SocNavGrid(64, **TINY)
     maps = []
@@ -396,6 +408,18 @@ def test_the_terms_of_rewards(in_training):
     for name, value in EXPECTED.items():
         vec.weights = {name: 1.0}
         assert a_step(vec) == pytest.approx(value, abs=1e-5), name
+
+
+def test_actions_count_as_they_are_clipped(in_training):
+    vec, seen = in_training, []
+    vec.weights = {"action_change": 1.0}
+    for action in ((7.0, -3.0), (1.0, -1.0)):
+        on_stage(vec, (20.0, 5.0, 0.0), (1.0, 0.0))
+        vec.action[:] = 0
+        obs, reward, *_ = vec.step(np.array([action], np.float32))
+        assert reward[0] == pytest.approx(math.sqrt(2))
+        seen.append(obs["robot"][0].tolist())
+    assert seen[0] == seen[1] == pytest.approx([1.1 / 2, -0.1, 1, -1])
 
 
 def test_the_terms_of_driving_backwards_and_of_contacts(in_training):

@@ -420,7 +420,7 @@ def compare(scenario, starts, steps, horizon=10, **switches):
 # 20 x 14 m with a pillar. Those on the route come back after 6 m, three in the middle get company, one waits twice.
 EVERYBODY = Scenario(
     name="everybody", split="train", size=(20.0, 14.0), time_limit=300,
-    start=(2, 2, 2.5, 2.5), goal=(18, 12, 18.5, 12.5),
+    start=(2, 2, 2.5, 2.5), goal=(18, 3, 18.5, 3.5),
     obstacles=((9.0, 6.0, 11.0, 8.0),),
     crowds=(
         Stream(0.17, route=((4.0, 11.0), (7.0, 11.0), (10.0, 11.5)), start=(3.5, 10.5, 4.5, 11.5), spread=True),
@@ -580,26 +580,35 @@ def test_the_role_wait_stands_for_good():
     assert (x == x[0]).all()
 
 
-def coming_back(pose, starts=40, steps=150):
-    """Plays the groups of GROUPS beside a standing robot: the crowd and (step, row, slot) of everybody who came back,
-    with where."""
-    world = make_world([GROUPS], starts)
-    crowd, found = begun(world), []
-    for t in range(steps):
-        before = crowd.position.clone()
-        crowd.step(torch.tensor(pose)[:, None].expand(3, starts))
-        jumped = dynamics.length(crowd.position - before) > 1
-        found += [(t, n, p, *crowd.position[:, n, p].tolist()) for n, p in jumped.nonzero().tolist()]
-    return crowd, np.array(found)
-
-
 def test_nobody_comes_back_within_3_m_of_a_robot():
-    pose = (4.0, 6.2, 0.0)
-    _, found = coming_back(pose)
-    assert len(found) > 30
-    assert np.hypot(*(found[:, 3:].T - np.array(pose)[:2, None])).min() > 3 - 0.1
-    _, found = coming_back((4.0, 8.0, 0.0))
-    assert not len(found)
+    """The robot of each row stands beside where the outermost member of a group is to come back."""
+    world = make_world([GROUPS], 60)
+    people, present = world.pedestrians, torch.arange(world.slots) < world.count[:, None]
+    back = people["respawn"]
+    from_first = back - back.gather(2, people["group"].expand(2, -1, -1))
+    apart, outermost = (dynamics.length(from_first) * present).max(1)
+    assert apart.max() > 2.6
+    outward = (from_first.gather(2, outermost.expand(2, 1, -1).mT) / apart[:, None]).squeeze(2)
+    pose = torch.zeros(3, 60)
+    pose[:2] = back.gather(2, outermost.expand(2, 1, -1).mT).squeeze(2) + 2.7 * outward
+    crowd, returned = begun(world), 0
+    for _ in range(150):
+        before = crowd.position.clone()
+        crowd.step(pose)
+        jumped = dynamics.length(crowd.position - before) > 1
+        distance = dynamics.length(crowd.position - pose[:2, :, None])
+        assert (distance[jumped] > 3 - 0.1).all()
+        returned += jumped.sum()
+    assert returned > 20  # of those of other groups
+
+
+def test_nobody_comes_back_where_a_robot_stands_all_the_time():
+    world = make_world([GROUPS], 20)
+    crowd, pose = begun(world), torch.tensor([[4.0], [9.0], [0.0]]).expand(3, 20)
+    for _ in range(150):
+        before = crowd.position.clone()
+        crowd.step(pose)
+        assert (dynamics.length(crowd.position - before) < 0.1).all()
 
 
 def test_groups_turn_together():

@@ -108,6 +108,7 @@ class SocNavGrid(BatchEnv):
             rewarded with `simple`; True: scenarios at random, also mirrored and scaled.
         scenario: only this one.
         robot: differential or bicycle; allow_backwards: whether it may; robot_radius: m.
+        training_margin: m by which the hull is larger in training, so that the policy learns to keep clear.
         reward, reward_weights: name, and a JSON file {term: weight} that changes its weights; see metrics.TERMS.
         snqi: JSON file with weights and baselines of the SNQI.
         grid_resolution: m of a cell; grid_size: cells along each side; grid_channels: planes, separated by commas, of
@@ -130,6 +131,7 @@ class SocNavGrid(BatchEnv):
         robot: str = "differential",
         allow_backwards: bool = False,
         robot_radius: float = 0.6,
+        training_margin: float = 0.0,
         reward: str = "route_completion",
         reward_weights: str | None = None,
         snqi: str | None = None,
@@ -144,6 +146,7 @@ class SocNavGrid(BatchEnv):
         render_mode: str | None = None,
     ):
         self.robot, self.radius = make_robot(robot, allow_backwards), robot_radius
+        self.margin = training_margin if training else 0.0
         channels = tuple(grid_channels.split(","))
         check(num_envs, channels, grid_size, grid_resolution, robot_radius, crowd_density, device)
         self.on_gpu = torch.device(device).type != "cpu"
@@ -156,7 +159,8 @@ class SocNavGrid(BatchEnv):
         self.world = load_world(split, training, scenario, pedestrians, crowd_density, device)
         self.snqi = metrics.load_snqi(snqi)
         steps = float(self.world.limit.double().mean())
-        self.weights = metrics.reward_weights(reward, reward_weights, self.snqi, steps)
+        # The file with the weights is only read where they count: a policy can be played without it
+        self.weights = metrics.reward_weights(reward, reward_weights if training else None, self.snqi, steps)
         if not training:
             self.weights = metrics.REWARDS["simple"]
         forces = peds_have_static_obstacle_forces, peds_have_robot_repulsion
@@ -266,7 +270,8 @@ class SocNavGrid(BatchEnv):
         """m between the robot's hull and the nearest pedestrian's, and the nearest wall, (N,) each."""
         distance = length(self.crowd.position - self.pose[:2, :, None]).amin(1)
         _, to_rectangle = from_rectangles(self.pose[:2], self.place.rectangles)
-        return distance - self.radius - PEDESTRIAN_RADIUS, to_rectangle.amin(1) - self.radius
+        hull = self.radius + self.margin
+        return distance - hull - PEDESTRIAN_RADIUS, to_rectangle.amin(1) - hull
 
     def _measure(self, step: metrics.Step) -> dict[str, Array]:
         """The metrics of episodes, as if every row's ended now."""

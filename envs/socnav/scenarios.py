@@ -146,24 +146,37 @@ def variant(scenario: Scenario, mirror: bool, scale: float) -> Scenario:
 
 
 def cluttered(scenario: Scenario, rng: np.random.Generator) -> Scenario:
-    """The scenario with up to four boxes put beside the robot's way, and nobody's way blocked."""
+    """The scenario with boxes beside the robot's way: up to two gates 2 to 2.8 m wide, and some single ones; nobody's
+    way is blocked."""
     corners = [[(x, y) for x in box[::2] for y in box[1::2]] for box in (scenario.start, scenario.goal)]
-    routes = [dense([a, *scenario.via, b]) for a in corners[0] for b in corners[1]]
-    walked = [
-        dense(path) for path in [*(c.route for c in scenario.crowds), *(p.path for p in scenario.pedestrians)] if path
-    ]
+    routes = np.concatenate([dense([a, *scenario.via, b]) for a in corners[0] for b in corners[1]])
+    paths = [*(c.route for c in scenario.crowds), *(p.path for p in scenario.pedestrians)]
+    walked = np.concatenate([dense(path) for path in paths if path] or [np.full((1, 2), np.inf)])
     kept_free = [c.zone for c in scenario.crowds if c.zone is not None]
     kept_free += [(x0 - 1, y0 - 1, x1 + 1, y1 + 1) for x0, y0, x1, y1 in (scenario.start, scenario.goal)]
-    boxes: list[Box] = []
-    for _ in range(60):
-        beside = rng.choice(np.concatenate(routes)) + rng.uniform(-3.5, 3.5, 2)
-        half = rng.uniform(0.3, 1.2, 2)
-        box = np.concatenate([beside - half, beside + half])
-        free = all(to_box(path, box).min() >= room for paths, room in ((routes, 1.0), (walked, 0.9)) for path in paths)
+
+    def fits(box: np.ndarray) -> bool:
+        free = to_box(routes, box).min() >= 1.0 and to_box(walked, box).min() >= 1.4
         outside = (box < 0).any() or (box > [*scenario.size, *scenario.size]).any()
-        if len(boxes) < CLUTTER and free and not outside and not any(overlap(box, zone) for zone in kept_free):
-            boxes.append(tuple(box.tolist()))
-    return replace(scenario, name=f"{scenario.name}/cluttered", obstacles=(*scenario.obstacles, *boxes))
+        return free and not outside and not any(overlap(box, zone) for zone in kept_free)
+
+    def box_at(centre: np.ndarray, half: np.ndarray) -> np.ndarray:
+        return np.concatenate([centre - half, centre + half])
+
+    middle = dense([np.mean(corners[0], axis=0), *scenario.via, np.mean(corners[1], axis=0)])
+    boxes: list[np.ndarray] = []
+    for _ in range(40):
+        k = rng.integers(len(middle) - 1)
+        along = (middle[k + 1] - middle[k]) / max(np.hypot(*(middle[k + 1] - middle[k])), 1e-6)
+        across, half = np.array([-along[1], along[0]]), rng.uniform(0.3, 1.2, 2)
+        apart = rng.uniform(1.0, 1.4) + np.abs(across) @ half
+        gate = [box_at(middle[k] + side * apart * across, half) for side in (-1, 1)]
+        boxes += gate if len(boxes) < GATES and all(fits(box) for box in gate) else []
+    for _ in range(60):
+        box = box_at(rng.choice(routes) + rng.uniform(-3.5, 3.5, 2), rng.uniform(0.3, 1.2, 2))
+        boxes += [box] if len(boxes) < CLUTTER and fits(box) else []
+    obstacles = (*scenario.obstacles, *(tuple(box.tolist()) for box in boxes))
+    return replace(scenario, name=f"{scenario.name}/cluttered", obstacles=obstacles)
 
 
 def dense(path: Sequence[Point]) -> np.ndarray:
@@ -184,7 +197,7 @@ def overlap(a: Box, b: Box) -> bool:
     return bool(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3])
 
 
-CLUTTER = 4  # boxes at most
+GATES, CLUTTER = 4, 6  # boxes of gates, and of all, at most
 TRAINING_VARIANTS = [(mirror, scale) for scale in (1.0, 0.85, 1.15) for mirror in (False, True)]
 VALIDATION_VARIANTS = [(True, 0.92), (False, 1.25), (True, 1.08)]  # of every third training scenario in turn
 
