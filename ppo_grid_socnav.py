@@ -99,7 +99,7 @@ class Args:
     """stop an update once the policy has moved further than this; usually 0.01 to 0.05"""
     norm_obs: bool = False
     """normalise observations by their running mean and standard deviation"""
-    norm_reward: bool = False
+    norm_reward: bool = True
     """divide rewards by the running standard deviation of the discounted return"""
     norm_adv: bool = True
     """normalise advantages within each minibatch"""
@@ -169,8 +169,12 @@ class Args:
 
 # {encoder: settings that differ from the defaults above}; --grid-encoder X --help shows the values in force.
 TUNED: dict[str, dict] = {
-    "rays": {"env_kwargs": {"grid_channels": "near"}},
-}
+    "rays": {"env_kwargs": {"grid_channels": "near", "training_margin": 0.1}, "final_log_std": -2.0},
+    "cnn": {
+        "env_kwargs": {"grid_channels": "near", "training_margin": 0.1}, "final_log_std": -2.0,
+        "cnn_channels": (8, 16, 16), "total_timesteps": 1_500_000,
+    },
+}  # fmt: skip
 
 
 class Normalizer(nn.Module):
@@ -290,8 +294,12 @@ def ray_table(size: int, rays: int) -> Tensor:
 
 
 SEEN = ("robot", "goal", "pedestrians", "count", "grid")
+WAY = 4  # numbers about the route: the current waypoint and the point 3 m ahead
 PERSON = 8  # numbers about a pedestrian: position (2), velocity (2), distances now and at its nearest, when, presence
 HORIZON = 4.0  # s that it looks ahead
+# What the policy sees ends at 5 m (waypoints) and 8 m (people). Whoever sees more recognises the maps and the crowds of
+# training, and does there by heart what it should do by looking.
+WAY_RANGE, PEOPLE_RANGE = 5.0, 8.0
 
 
 class GridAgent(nn.Module):
@@ -309,7 +317,7 @@ class GridAgent(nn.Module):
         kinds = ("obstacles", "near") if rays else ("obstacles", "near", "pedestrians")
         self.planes = [k for k, name in enumerate(channels) if name in kinds]
         self.register_buffer("table", ray_table(self.size, args.rays), persistent=False)
-        vector = space["robot"].shape[0] + space["goal"].shape[0] + rays * args.rays * len(self.planes)
+        vector = space["robot"].shape[0] + WAY + rays * args.rays * len(self.planes)
         cells = 0 if rays else len(self.planes) * self.size**2 // 8
         self.sizes = [vector, self.people * PERSON, cells]
         self.normalizer = VectorNormalizer(self.sizes) if args.norm_obs else nn.Identity()
@@ -328,25 +336,27 @@ class GridAgent(nn.Module):
         """What the policy looks at, as one row (N, obs_dim). Nothing here is learned, so it is done once, as an
         observation arrives."""
         robot, goal, pedestrians, count, grid = (obs[name] for name in SEEN)
-        people = self.people_features(pedestrians[:, : self.people], robot[:, :1]) * (
-            torch.arange(self.people, device=robot.device) < count
-        ).unsqueeze(-1)
+        waypoint, ahead = 10 * goal[:, :2], 10 * goal[:, 4:6]  # m
+        waypoint = waypoint / waypoint.square().sum(1, keepdim=True).sqrt().clamp(min=WAY_RANGE)
+        people = self.people_features(pedestrians[:, : self.people], count, robot[:, :1]).flatten(1)
         planes = grid[:, self.planes]
         if self.sizes[2]:
-            return torch.cat([robot, goal, people.flatten(1), pack(planes.flatten(1)).to(robot)], dim=1)
-        return torch.cat([robot, goal, self.closeness(planes).to(robot), people.flatten(1)], dim=1)
+            return torch.cat([robot, waypoint, ahead / 3, people, pack(planes.flatten(1)).to(robot)], dim=1)
+        return torch.cat([robot, waypoint, ahead / 3, self.closeness(planes).to(robot), people], dim=1)
 
-    def people_features(self, pedestrians: Tensor, speed: Tensor) -> Tensor:
+    def people_features(self, pedestrians: Tensor, count: Tensor, speed: Tensor) -> Tensor:
         """PERSON numbers (N, people, PERSON) about each: where it is, how it moves as seen from the robot, and how near
-        it will come, and when, if both go on as they do."""
-        position, velocity = (16 * pedestrians[..., :2], 2 * pedestrians[..., 2:])  # m, m/s
+        it will come, and when, if both go on as they do. Zeros for those who are not there, or too far away."""
+        position, velocity = 16 * pedestrians[..., :2], 2 * pedestrians[..., 2:]  # m, m/s
         velocity = velocity - torch.stack([speed * self.max_speed, torch.zeros_like(speed)], dim=-1)
         distance = position.square().sum(-1, keepdim=True).sqrt()
         meeting = -(position * velocity).sum(-1, keepdim=True) / (velocity.square().sum(-1, keepdim=True) + 1e-6)
         meeting = meeting.clamp(0.0, HORIZON)  # s
         nearest = (position + meeting * velocity).square().sum(-1, keepdim=True).sqrt()
         near = [torch.exp(-distance / 2), torch.exp(-nearest), meeting / HORIZON]
-        return torch.cat([position / 4, velocity, *near, torch.ones_like(distance)], dim=-1)
+        present = torch.arange(self.people, device=count.device).unsqueeze(-1) < count.unsqueeze(-1)
+        features = torch.cat([position / 4, velocity, *near, torch.ones_like(distance)], dim=-1)
+        return features * (present & (distance < PEOPLE_RANGE))
 
     def closeness(self, planes: Tensor) -> Tensor:
         """Along each ray of each plane, 1 for a solid cell beside the robot down to 0 for none: (N, planes * rays)."""

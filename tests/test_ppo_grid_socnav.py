@@ -123,6 +123,20 @@ def test_shapes(encoder, vector, cells):
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_row_holds_all_that_there_is_to_see(encoder):
+    agent, obs = make_agent(encoder), observations(5, count=64)
+    vector, people, cells = agent.see(obs).split(agent.sizes, dim=1)
+    assert torch.equal(vector[:, :11], torch.cat([obs["robot"], obs["goal"]], dim=1))
+    planes = obs["grid"][:, agent.planes]
+    if encoder == "rays":
+        torch.testing.assert_close(vector[:, 11:], agent.closeness(planes).double())
+    else:
+        assert torch.equal(ppo.unpack(cells).unflatten(1, planes.shape[1:]), planes.int())
+    each = agent.people_features(obs["pedestrians"][:, :PEOPLE], obs["robot"][:, :1])
+    torch.testing.assert_close(people.unflatten(1, (PEOPLE, -1)), each)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_an_environment_fits_the_agent(encoder):
     vec = envs.make_vec("SocNavGrid-v0", 3, seed=0, **PLACE)
     agent = ppo.make_grid_agent(vec, ppo.Args(grid_encoder=encoder, hidden_sizes=(16,), cnn_channels=(4, 4, 4)))

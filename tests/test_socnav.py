@@ -187,10 +187,11 @@ def test_splits_never_share_a_start():
     seen = set()
     for split, training in (("train", True), ("train", False), ("validation", False), ("test", False)):
         world = environment.load_world(split, training, None, True, None, "cpu")
-        starts = {tuple(x) for x in torch.cat([world.pose, world.waypoints[:, :, -1]]).T.tolist()}
-        assert len(starts) == len(world.names) * world.starts_each
-        assert not seen & starts
-        seen |= starts
+        ends = torch.cat([world.waypoints[:, :, 0], world.waypoints[:, :, -1]], 1)
+        points = {tuple(x) for x in ends.T.tolist()}
+        assert len(points) == 2 * len(world.names) * world.starts_each
+        assert not seen & points
+        seen |= points
 
 
 def test_what_is_learnt_from_is_not_what_is_measured_on():
@@ -749,6 +750,22 @@ def test_without_pedestrians_pursuit_always_arrives(name, robot, split):
     results = rollout(scripted(name, vec), vec, len(vec.world.names), seed=1)
     assert [result["scenario"] for result in results] == vec.world.names
     assert [result["scenario"] for result in results if not result["success"]] == []
+
+
+def test_pursuit_by_hand():
+    """The point ahead is 60 degrees to the right: a quarter of 1.5 m/s, turning as fast as it can; then 0.02 rad."""
+    vec = staged(pose=(20.0, 5.0, math.radians(60)), speed=(0.35, -0.95))
+    pursuit = scripted("pursuit", vec)
+    pursuit.reset(np.arange(1), vec)
+    np.testing.assert_allclose(pursuit(vec.observe(np.arange(1))), [[0.25, -0.5]], atol=1e-4)
+    on_stage(vec, (20.0, 5.0, 0.02), (1.6, 0.0))
+    np.testing.assert_allclose(pursuit(vec.observe(np.arange(1))), [[-1, -0.4]], atol=1e-4)
+    bicycle = SocNavGrid(1, robot="bicycle", **CORRIDOR, **TINY)
+    bicycle.reset(seed=0)
+    on_stage(bicycle, (20.0, 5.0, 0.02), (1.45, 0.0))
+    pursuit.reset(np.arange(1), bicycle)
+    expected = [(1.5 * math.cos(0.02) ** 2 - 1.45) / 0.1, -math.atan(0.04 / 1.45)]
+    np.testing.assert_allclose(pursuit(bicycle.observe(np.arange(1))), [expected], atol=1e-4)
 
 
 def test_pursuit_stop_waits_for_who_is_in_front():
