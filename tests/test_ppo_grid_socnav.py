@@ -958,6 +958,14 @@ def test_convergence_counts_evaluations_from_before_a_resume(judged, tmp_path):
     assert (summary["steps"], summary["converged_at_step"]) == (6 * BATCH, 4 * BATCH)
 
 
+def test_a_run_that_converged_is_complete(judged, tmp_path):
+    judged += [GOOD] * 9
+    args = tiny(tmp_path / "run", total_timesteps=9 * BATCH, eval_every=BATCH, stop_at_convergence=True)
+    assert ppo.train(args)["steps"] == 3 * BATCH
+    with pytest.raises(UserError, match="complete"):
+        ppo.train(replace(args, resume=str(tmp_path / "run"), run_name=None))
+
+
 @pytest.mark.parametrize("num_steps", [13, 31, 62, 100])
 def test_evaluations_are_twice_as_far_apart_after_a_while(judged, tmp_path, monkeypatch, num_steps):
     """Every 500 steps until 3,000, then every 1,000, and at the end; a thousandth of the defaults."""

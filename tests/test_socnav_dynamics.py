@@ -307,6 +307,8 @@ class Reference:
                 goals[i] = robot + np.array([c * forward - s * left, s * forward + c * left])
             else:
                 goals[i] = x[i]
+            if standing[i]:
+                goals[i] = x[i]
             self.pause[i] = max(np.float32(self.pause[i] + waiting) - np.float32(DT), 0)
         self.x, self.way = x, way
         self.v[standing] = 0

@@ -22,7 +22,6 @@ JOIN, LEAVE = ROLES.index("join"), ROLES.index("leave")
 ESCORTS = [ROLES.index(role) for role in ("follow", "lead", "accompany")]
 OFFENSIVE = 2.0  # m/s^2; a force above it counts against comfort
 RETURN = 3.0  # m from the robot, nearer than which nobody appears again
-GROUP = 2.2  # m that the members of a group may be away from the first of them
 
 
 def sum_over(index: Tensor, values: Tensor, size: int) -> Tensor:
@@ -92,7 +91,6 @@ class Crowd:
         place[self.who] = torch.arange(len(self.who), device=device)
         row, one, other = others.nonzero().unbind(1)
         self.one, self.other = place[row * slots + one], place[row * slots + other]
-        self.leader = place[self.group]
         self.escorts = (self.role >= ESCORTS[0]) & (self.role <= ESCORTS[-1])
         self.walks = (self.last >= 0) & ~self.escorts
         self.has_roles = bool((self.role > 0).any())
@@ -122,6 +120,7 @@ class Crowd:
         x, v, goal, returns = self._turn(x, v, centroid, standing, robot)
         if returns.any():
             size, centroid = self._groups(x, member)
+        goal = torch.where(standing, x, goal)
 
         motion = torch.cat([x, v])
         apart, relative = (pick(motion, self.one) - pick(motion, self.other)).split(2)
@@ -161,7 +160,8 @@ class Crowd:
         way = pick(self.way.flatten(), self.who)
         arrived = (length(centroid - self._goals(way)) < self.arrives) & ~standing & self.walks
         at_end = way == self.last
-        clear = (length(self.respawn - robot[:2]) > RETURN + GROUP)[self.leader]  # nobody appears beside a robot
+        close = (length(self.respawn - robot[:2]) <= RETURN).to(x)  # nobody of a group appears beside a robot
+        clear = pick(sum_over(self.group, close[None], self.way.numel())[0], self.group) == 0
         goes_on = arrived & (~at_end | (self.end == LOOP) | ((self.end == RESPAWN) & clear))
         returns = goes_on & at_end & (self.end == RESPAWN)
         next_way = torch.where(goes_on, torch.where(at_end, 0, way + 1), way)

@@ -36,7 +36,7 @@ class Start:
     """One start of a scenario: where everybody is and will walk, drawn from rng; lists of one entry a pedestrian."""
 
     def __init__(self, scenario: Scenario, rng: np.random.Generator, pedestrians: bool, varied: bool):
-        self.rng, self.walls = rng, scenario.rectangles()
+        self.rng, self.walls, self.size = rng, scenario.rectangles(), np.array(scenario.size)
         begin, end = inside(scenario.start, rng), inside(scenario.goal, rng)
         self.route, self.turn = np.array([begin, *scenario.via, end]), 0.0
         if varied:
@@ -141,7 +141,7 @@ class Start:
 
     def free(self, place: np.ndarray) -> bool:
         """Whether a pedestrian can stand there: off walls, off others, and not beside the robot."""
-        if self.off_walls(place[None]) < PEDESTRIAN_RADIUS + 0.1:
+        if (place < 0).any() or (place > self.size).any() or self.off_walls(place[None]) < PEDESTRIAN_RADIUS + 0.1:
             return False
         if np.hypot(*(place - self.route[0])) < ROOM:
             return False
