@@ -23,7 +23,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from math import log, pi, sqrt
+from math import ceil, log, pi, prod, sqrt
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 import envs
 from envs import command, rollout, run
 from envs.rollout import Deployed, as_numpy
-from envs.run import require_finite
+from envs.run import UserError, require_finite
 
 
 @dataclass
@@ -268,21 +268,22 @@ class Encoder(nn.Module):
         each = self.person(people) * people[..., -1:]
         parts = [vector, each.amax(-2), each.sum(-2)]
         if cells.shape[-1]:
-            images = unpack(cells).reshape(-1, len(self.planes), self.size, self.size)
-            parts.append(self.cnn(images.to(row)).reshape(*row.shape[:-1], -1))
+            shape = len(self.planes), self.size, self.size
+            images = unpack(cells, prod(shape)).reshape(-1, *shape)
+            parts.append(self.cnn(images).reshape(*row.shape[:-1], -1))
         return torch.cat(parts, dim=-1)
 
 
 def pack(cells: Tensor) -> Tensor:
     """Cells of 0 and 1 (..., C), eight to a number from 0 to 255: (..., C / 8). A rollout keeps a grid that way."""
-    bits = 2 ** torch.arange(8, device=cells.device)
-    return (cells.unflatten(-1, (-1, 8)) * bits).sum(-1)
+    cells = nn.functional.pad(cells, (0, -cells.shape[-1] % 8))
+    return (cells.unflatten(-1, (-1, 8)) * 2 ** torch.arange(8, device=cells.device)).sum(-1)
 
 
-def unpack(numbers: Tensor) -> Tensor:
-    """The cells again."""
-    bits = torch.arange(8, device=numbers.device)
-    return (numbers.int().unsqueeze(-1) >> bits).bitwise_and(1).flatten(-2)
+def unpack(numbers: Tensor, cells: int) -> Tensor:
+    """The cells again: the bits of each number."""
+    halved = numbers.unsqueeze(-1) / 2 ** torch.arange(8, device=numbers.device)
+    return halved.floor().remainder(2).flatten(-2)[..., :cells]
 
 
 def ray_table(size: int, rays: int) -> Tensor:
@@ -318,7 +319,7 @@ class GridAgent(nn.Module):
         self.planes = [k for k, name in enumerate(channels) if name in kinds]
         self.register_buffer("table", ray_table(self.size, args.rays), persistent=False)
         vector = space["robot"].shape[0] + WAY + rays * args.rays * len(self.planes)
-        cells = 0 if rays else len(self.planes) * self.size**2 // 8
+        cells = 0 if rays else ceil(len(self.planes) * self.size**2 / 8)
         self.sizes = [vector, self.people * PERSON, cells]
         self.normalizer = VectorNormalizer(self.sizes) if args.norm_obs else nn.Identity()
         self.actor = self.network(args, len(low), gain=0.01)  # starts near zero
@@ -363,7 +364,8 @@ class GridAgent(nn.Module):
         reach = self.table.shape[1]
         planes = planes.flatten(2)
         crossed = planes.gather(2, self.table.flatten().expand(*planes.shape[:2], -1)).unflatten(2, self.table.shape)
-        first = (crossed * torch.arange(reach, 0, -1, dtype=torch.uint8, device=planes.device)).amax(-1)
+        dtype = torch.uint8 if reach < 256 else torch.int16
+        first = (crossed * torch.arange(reach, 0, -1, dtype=dtype, device=planes.device)).amax(-1)
         return first.flatten(1) / reach
 
     def forward(self, robot: Tensor, goal: Tensor, pedestrians: Tensor, count: Tensor, grid: Tensor) -> Tensor:
@@ -555,11 +557,27 @@ def learn(
 def make_grid_agent(vec: VectorEnv, args: Args) -> GridAgent:
     envs.require_grid(vec)
     space = vec.single_action_space
+    if not {"obstacles", "near"} & {*vec.grid.channels}:
+        raise UserError(f"the policy reads obstacles or near, not {', '.join(vec.grid.channels)}; add to grid_channels")
     return GridAgent(vec.single_observation_space, space.low, space.high, vec.grid.channels, vec.robot.max_speed, args)
 
 
 def with_reward(args: Args) -> Args:
-    """With the reward among the arguments of the environment."""
+    """With the reward among the arguments of the environment.
+
+    Raises:
+        UserError: a setting of this script's own that cannot work.
+    """
+    for name in ("rays", "people", "set_units"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if len(args.cnn_channels) != 3 or min(args.cnn_channels) < 1:
+        raise UserError(f"--cnn-channels must be three numbers above 0, not {args.cnn_channels}")
+    for name in ("reward", "reward_weights", "device"):
+        if name in {**args.env_kwargs, **args.eval_env_kwargs} and args.resume is None:
+            raise UserError(f"{name} is not for --env-kwargs: --{name.replace('_', '-')} sets it; leave it out")
+    if args.env_id != "SocNavGrid-v0":
+        envs.require_grid(envs.make_vec(args.env_id, 1, training=False))
     weights = {} if args.reward_weights is None else {"reward_weights": args.reward_weights}
     return replace(args, env_kwargs={**args.env_kwargs, "reward": args.reward, **weights})
 
@@ -652,7 +670,7 @@ def evaluate(args: Args) -> dict:
     """Measure the policy that args.evaluate names; see rollout.measure."""
     command.checked(args)
     run.prepare_torch(args)
-    vec = envs.make_vec(args.env_id, 1, **args.env_kwargs)
+    vec = envs.make_vec(args.env_id, 1, training=False, split="test", **args.env_kwargs)
     if not run.is_policy_path(args.evaluate):
         return rollout.measure(rollout.scripted(args.evaluate, vec), None, args)
     agent = make_grid_agent(vec, args)

@@ -264,8 +264,9 @@ def load_to_resume(args: Any, last_step: int, kind: str) -> dict | None:
         )
     # a run may have been stopped after its last step, before all its files were written
     summary = folder / "summary.json"
-    completed = summary.exists() and read_json(summary).get("status") == "completed"
-    if checkpoint["step"] > last_step or (checkpoint["step"] == last_step and completed):
+    end = read_json(summary) if summary.exists() else {}
+    last = [last_step, *([end.get("steps")] if args.total_timesteps <= before.total_timesteps else [])]
+    if checkpoint["step"] > last_step or (end.get("status") == "completed" and checkpoint["step"] in last):
         done = f"{args.resume} is complete at {checkpoint['step']:,} steps"
         raise UserError(f"{done}; give a larger --total-timesteps to go on")
     require_same_files(args.resume, before.env_kwargs)

@@ -8,6 +8,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import nn
@@ -303,13 +304,16 @@ class Zero:
         self.action_dim = action_dim
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
-        return np.zeros((len(obs), self.action_dim), np.float32)
+        rows = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
+        return np.zeros((rows, self.action_dim), np.float32)
 
 
 class OnnxPolicy:
-    """A frozen policy from an ONNX file: input (N, observations), output (N, actions)."""
+    """A frozen policy from an ONNX file: input (N, observations), or those of a dict by name; output (N, actions).
 
-    def __init__(self, path: str, obs_dim: int, action_dim: int):
+    obs: how many observations there are, or {name: shape} of a dict of them."""
+
+    def __init__(self, path: str, obs: int | dict[str, tuple[int, ...]], action_dim: int):
         import onnxruntime
 
         if not Path(path).is_file():
@@ -327,17 +331,20 @@ class OnnxPolicy:
         if about.get("kind") == "residual":
             raise UserError(f"{path}: holds a residual, which is only half an action; give a whole policy")
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-        shapes = [list(inputs[0].shape), list(outputs[0].shape)] if len(inputs) == 1 else []
-        if [shape[-1:] for shape in shapes] != [[obs_dim], [action_dim]]:
+        needed = {inputs[0].name: (obs,)} if isinstance(obs, int) else obs
+        if {i.name: tuple(i.shape[1:]) for i in inputs} != needed or [o.shape[-1:] for o in outputs] != [[action_dim]]:
             found = f"{[i.shape for i in inputs]} -> {[o.shape for o in outputs]}"
-            raise UserError(f"{path}: maps {found}, but this environment needs (N, {obs_dim}) -> (N, {action_dim})")
-        if inputs[0].type != "tensor(float)" or isinstance(inputs[0].shape[0], int):
-            found = f"{inputs[0].type} {inputs[0].shape}"
-            raise UserError(f"{path}: takes {found}; export it for float32 and any number of observations (batch axis)")
-        self.path, self.input = path, inputs[0].name
+            wanted = f"(N, {obs})" if isinstance(obs, int) else ", ".join(f"{k} (N, *{x})" for k, x in obs.items())
+            raise UserError(f"{path}: maps {found}, but this environment needs {wanted} -> (N, {action_dim})")
+        for i in inputs:
+            if i.type not in ("tensor(float)", "tensor(uint8)") or isinstance(i.shape[0], int):
+                advice = "export it for float32 and any number of observations (batch axis)"
+                raise UserError(f"{path}: takes {i.type} {i.shape}; {advice}")
+        self.path, self.inputs = path, {i.name: np.float32 if i.type == "tensor(float)" else np.uint8 for i in inputs}
 
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
-        action = self.session.run(None, {self.input: obs.astype(np.float32)})[0]
+    def __call__(self, obs: Any) -> np.ndarray:
+        obs = obs if isinstance(obs, dict) else dict.fromkeys(self.inputs, obs)
+        action = self.session.run(None, {name: obs[name].astype(kind) for name, kind in self.inputs.items()})[0]
         if not np.isfinite(action).all():
             raise UserError(f"{self.path}: returned NaN or infinity for a finite observation; export a working policy")
         return action
@@ -366,7 +373,9 @@ def scripted(name: str, vec: Any) -> Policy:
     if name in controllers:
         return controllers[name]()
     if name.endswith(".onnx"):
-        return OnnxPolicy(name, vec.single_observation_space.shape[0], action_dim)
+        space = vec.single_observation_space
+        shapes = {k: x.shape for k, x in space.items()} if isinstance(space, gym.spaces.Dict) else space.shape[0]
+        return OnnxPolicy(name, shapes, action_dim)
     if name.startswith("blend:"):
         parts = name.split(":")
         try:

@@ -32,6 +32,8 @@ from torch import nn
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy", "onnxruntime")
 # Arguments of environments that say what an action means: a deployed policy needs them
 MEANING = {"action_mode", "action_repeat"}
+# and those that say what it sees, where the shape of an observation does not tell
+SIGHT = ("grid_channels", "grid_size", "grid_resolution")
 POLICY_KEYS = ("kind", "env_id", "env_kwargs", "args", "agent", "step")
 
 
@@ -372,9 +374,12 @@ def load_agent(agent: nn.Module, policy: dict, args: Any, source: str) -> None:
     for name in {**own, **theirs}:
         here, there = (tuple(state[name].shape) if name in state else "absent" for state in (own, theirs))
         if here != there:
-            raise UserError(
-                f"{source}: {name} is {there} there and {here} here; use the --hidden-sizes it was trained with"
-            )
+            advice = "use the settings it was trained with, such as --hidden-sizes"
+            raise UserError(f"{source}: {name} is {there} there and {here} here; {advice}")
+    for name in SIGHT:
+        here, there = (kwargs.get(name, "the default") for kwargs in (args.env_kwargs, policy["env_kwargs"]))
+        if here != there:
+            raise UserError(f"{source}: was trained with {name} {there}, not {here}; give it in --env-kwargs")
     for name in {"center", "scale"} & {*own}:
         if not torch.equal(own[name].cpu(), theirs[name].cpu()):
             raise UserError(f"{source}: its actions have another range; give the --env-kwargs it was trained with")

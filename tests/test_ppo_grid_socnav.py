@@ -12,7 +12,8 @@ import os
 import shutil
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -89,7 +90,8 @@ def observations(n, channels=CHANNELS, size=SIZE, seed=0, count=None, dtype=torc
         return (2 * torch.rand(*shape, generator=generator, dtype=torch.float64) - 1).to(dtype)
 
     counts = torch.randint(65, (n, 1), generator=generator) if count is None else torch.full((n, 1), count)
-    pedestrians = uniform(n, 64, 4) * (torch.arange(64) < counts)[..., None]
+    nearby = torch.tensor([0.3, 0.3, 1.0, 1.0])  # within 8 m
+    pedestrians = uniform(n, 64, 4) * nearby.to(dtype) * (torch.arange(64) < counts)[..., None]
     grid = torch.rand(n, len(channels), size, size, generator=generator) < 0.2
     parts = uniform(n, 4), uniform(n, 7), pedestrians, counts.to(torch.uint8), grid.to(torch.uint8)
     return dict(zip(ppo.SEEN, parts))
@@ -106,7 +108,7 @@ def rows_of(obs, rows):
     return {name: x[rows] for name, x in obs.items()}
 
 
-@pytest.mark.parametrize(("encoder", "vector", "cells"), [("rays", 11 + 2 * RAYS, 0), ("cnn", 11, 3 * SIZE**2 // 8)])
+@pytest.mark.parametrize(("encoder", "vector", "cells"), [("rays", 8 + 2 * RAYS, 0), ("cnn", 8, 3 * SIZE**2 // 8)])
 def test_shapes(encoder, vector, cells):
     agent, obs = make_agent(encoder), observations(5)
     row = agent.see(obs)
@@ -126,14 +128,25 @@ def test_shapes(encoder, vector, cells):
 def test_a_row_holds_all_that_there_is_to_see(encoder):
     agent, obs = make_agent(encoder), observations(5, count=64)
     vector, people, cells = agent.see(obs).split(agent.sizes, dim=1)
-    assert torch.equal(vector[:, :11], torch.cat([obs["robot"], obs["goal"]], dim=1))
+    assert torch.equal(vector[:, :4], obs["robot"])
     planes = obs["grid"][:, agent.planes]
     if encoder == "rays":
-        torch.testing.assert_close(vector[:, 11:], agent.closeness(planes).double())
+        torch.testing.assert_close(vector[:, 8:], agent.closeness(planes).double())
     else:
         assert torch.equal(ppo.unpack(cells).unflatten(1, planes.shape[1:]), planes.int())
-    each = agent.people_features(obs["pedestrians"][:, :PEOPLE], obs["robot"][:, :1])
-    torch.testing.assert_close(people.unflatten(1, (PEOPLE, -1)), each)
+    position = people.unflatten(1, (PEOPLE, -1))[..., :2]
+    torch.testing.assert_close(position, 4 * obs["pedestrians"][:, :PEOPLE, :2])
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_the_way_by_hand(encoder):
+    """The waypoint in units of 5 m and no farther than that, the point 3 m ahead in units of 3 m; nothing else."""
+    agent, obs = make_agent(encoder), observations(1)
+    ways = {(4.0, 3.0): (0.8, 0.6), (8.0, -6.0): (0.8, -0.6), (0.0, 1.0): (0.0, 0.2), (0.0, 0.0): (0.0, 0.0)}
+    for (x, y), waypoint in ways.items():
+        for rest in (0.0, 0.7):  # the next waypoint, and what is left to drive
+            obs["goal"] = torch.tensor([[x / 10, y / 10, rest, rest, 0.3, -0.15, rest]], dtype=torch.float64)
+            assert agent.see(obs)[0, 4:8].tolist() == pytest.approx([*waypoint, 1.0, -0.5])
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -235,7 +248,7 @@ MEETINGS = {  # position and velocity over the ground (m, m/s), the robot's spee
     "both stand": ((3, 4), (0, 0), 0, 0, 5),
     "going away": ((3, 4), (2, 2), 1, 0, 5),
     "side by side": ((0, 2), (1, 0), 1, 0, 2),
-    "too far ahead in time": ((10, 3), (0, 0), 1, 4, math.sqrt(6**2 + 3**2)),
+    "too far ahead in time": ((7, 3), (0, 0), 1, 4, math.sqrt(3**2 + 3**2)),
 }
 
 
@@ -243,11 +256,25 @@ MEETINGS = {  # position and velocity over the ground (m, m/s), the robot's spee
 def test_features_of_a_pedestrian_by_hand(name):
     """The robot's largest speed is 2 m/s; an observation has positions / 16 m and velocities / 2 m/s."""
     (x, y), (vx, vy), speed, when, nearest = MEETINGS[name]
-    seen = torch.tensor([[[x / 16, y / 16, vx / 2, vy / 2]]], dtype=torch.float64)
-    features = make_agent().people_features(seen, torch.tensor([[speed / 2]], dtype=torch.float64))
     near = [math.exp(-math.hypot(x, y) / 2), math.exp(-nearest), when / ppo.HORIZON]
     assert ppo.HORIZON == 4
-    assert features.flatten().tolist() == pytest.approx([x / 4, y / 4, vx - speed, vy, *near, 1], abs=1e-5)
+    first, *others = people_seen((x, y), (vx, vy), speed)
+    assert first.tolist() == pytest.approx([x / 4, y / 4, vx - speed, vy, *near, 1], abs=1e-5)
+    assert not any(one.any() for one in others)
+
+
+def people_seen(position, velocity, speed=0.0):
+    """What a row says of PEOPLE pedestrians, of whom there is one."""
+    agent, obs = make_agent(), observations(1, count=1)
+    obs["robot"][:, 0] = speed / 2
+    obs["pedestrians"][0, 0] = torch.tensor([*(x / 16 for x in position), *(v / 2 for v in velocity)])
+    return agent.see(obs).split(agent.sizes, dim=1)[1].unflatten(1, (PEOPLE, -1))[0]
+
+
+def test_people_far_away_are_not_seen():
+    assert people_seen((7.9, 0), (1, 0))[0].any()
+    assert not people_seen((8.1, 0), (1, 0)).any()
+    assert not people_seen((-6, 6), (0, 0)).any()
 
 
 # Grid
@@ -458,7 +485,7 @@ def test_onnx_has_five_inputs_and_the_actions_of_the_network(encoder, full_lengt
         obs["count"][0] = 0
         action = session.run(["action"], {name: x.numpy() for name, x in obs.items()})[0]
         np.testing.assert_allclose(action, agent(*obs.values()).detach(), rtol=0, atol=1e-5)
-        assert action.std() > 0.1
+    assert action.std() > 0.1
     meta = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert meta == {"kind": "policy", "action_repeat": "2"}
 
@@ -577,7 +604,7 @@ def tiny(folder, **kwargs):
     settings = {
         "env_kwargs": PLACE, "num_envs": 8, "num_steps": 16, "minibatch_size": 64, "update_epochs": 2,
         "hidden_sizes": (16,), "cnn_channels": (4, 4, 4), "set_units": 8, "threads": 1, "total_timesteps": FULL,
-        "eval_every": HALF, "eval_episodes": 2, "checkpoint_every": BATCH,
+        "eval_every": HALF, "eval_episodes": 2, "checkpoint_every": BATCH, "norm_reward": False, "final_log_std": None,
         "run_root": str(folder.parent), "run_name": folder.name,
     }  # fmt: skip
     return ppo.Args(**{**settings, **kwargs})
@@ -741,18 +768,10 @@ def main(monkeypatch):
 
 
 def flags(args):
-    """The command line of these settings, which stand in no tuned row."""
-    found = []
-    for name, value in vars(args).items():
-        if value != getattr(ppo.Args(), name):
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, bool):
-                found.append(flag if value else flag.replace("--", "--no-", 1))
-            elif isinstance(value, dict):
-                found += [flag, *(str(x) for pair in value.items() for x in pair)]
-            else:
-                found += [flag, *map(str, value if isinstance(value, tuple) else [value])]
-    return found
+    """The command line of these settings, whatever is tuned."""
+    config = Path(args.run_root) / f"{args.run_name}.json"
+    run.write_json(config, asdict(args))
+    return ["--config", str(config), "--run-root", args.run_root, "--run-name", args.run_name]
 
 
 @pytest.mark.parametrize("where", [in_rollout, in_update, in_evaluation])
@@ -1046,8 +1065,8 @@ def test_the_bicycle_trains(tmp_path, main):
 
 
 def test_a_dry_run_is_one_update_with_all_files(tmp_path, main):
-    args = tiny(tmp_path / "run", total_timesteps=9 * BATCH, eval_episodes=50, checkpoint_every=0, dry_run=True)
-    assert main(flags(args)) == 0
+    args = tiny(tmp_path / "run", total_timesteps=9 * BATCH, eval_episodes=50, checkpoint_every=0)
+    assert main([*flags(args), "--dry-run"]) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["steps"], summary["best"]["episodes"]) == (BATCH, 2)
     assert {*summary["sha256"]} == {"best.pt", "final.pt", "policy.onnx", f"checkpoints/step_{BATCH:09d}.pt"}

@@ -150,6 +150,6 @@ def reward_weights(reward: str, path: str | None, snqi_settings: dict[str, dict]
     for name, value in given.items():
         if name not in TERMS:
             raise UserError(f"{path}: no term {name!r}; there are {', '.join(TERMS)}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
             raise UserError(f"{path}: {name} must be a number, not {value!r}")
     return {name: float(value) for name, value in given.items()}
