@@ -133,7 +133,8 @@ def test_a_row_holds_all_that_there_is_to_see(encoder):
     if encoder == "rays":
         torch.testing.assert_close(vector[:, 8:], agent.closeness(planes).double())
     else:
-        assert torch.equal(ppo.unpack(cells).unflatten(1, planes.shape[1:]), planes.int())
+        unpacked = ppo.unpack(cells, planes[0].numel())
+        assert torch.equal(unpacked.unflatten(1, planes.shape[1:]), planes.to(unpacked))
     position = people.unflatten(1, (PEOPLE, -1))[..., :2]
     torch.testing.assert_close(position, 4 * obs["pedestrians"][:, :PEOPLE, :2])
 
@@ -333,13 +334,14 @@ def test_planes_that_an_encoder_reads(encoder, read):
     assert matters == read
 
 
-def test_packed_cells_are_the_same_cells():
-    cells = (torch.rand(3, 5, 64) < 0.5).to(torch.uint8)
+@pytest.mark.parametrize(("number", "numbers"), [(64, 8), (36, 5)])
+def test_packed_cells_are_the_same_cells(number, numbers):
+    cells = (torch.rand(3, 5, number) < 0.5).to(torch.uint8)
     packed = ppo.pack(cells)
-    assert packed.shape == (3, 5, 8)
+    assert packed.shape == (3, 5, numbers)
     assert 0 <= packed.min() < packed.max() <= 255
     for dtype in (torch.uint8, torch.float32, torch.float64):
-        assert torch.equal(ppo.unpack(packed.to(dtype)), cells.int())
+        assert torch.equal(ppo.unpack(packed.to(dtype), number).int(), cells.int())
 
 
 def test_convolutions_see_the_grid_as_it_is():
