@@ -275,5 +275,5 @@ def test_packed_cells_are_the_same_again(seed, rows, eighths):
     assert packed.shape == (rows, eighths)
     assert packed.min() >= 0
     assert packed.max() <= 255
-    np.testing.assert_array_equal(unpack(packed), cells)
-    np.testing.assert_array_equal(unpack(packed.float()), cells)  # a rollout keeps them as floats
+    np.testing.assert_array_equal(unpack(packed, 8 * eighths), cells)
+    np.testing.assert_array_equal(unpack(packed.float(), 8 * eighths), cells)  # a rollout keeps them as floats
