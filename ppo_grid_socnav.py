@@ -10,7 +10,7 @@ is new is what stands between the observation and the network:
 Ranges are read from the grid by a fixed table, so on a CPU they cost next to nothing; convolutions are the published
 design, for a GPU and long runs.
 
-  train     python ppo_grid_socnav.py                               (10 million steps; 3 million are nearly as good)
+  train     python ppo_grid_socnav.py                               (10 million steps)
   resume    python ppo_grid_socnav.py --resume runs/<run>
   evaluate  python ppo_grid_socnav.py --evaluate runs/<run> --eval-episodes 270        (or: --evaluate pursuit-stop)
   one place python ppo_grid_socnav.py --evaluate runs/<run> --env-kwargs scenario francis2023_blind_corner
@@ -37,6 +37,7 @@ import envs
 from envs import command, rollout, run
 from envs.rollout import Deployed, as_numpy
 from envs.run import UserError, require_finite
+from envs.socnav import GOAL_RANGE, PEDESTRIAN_RANGE, PEDESTRIAN_SPEED
 
 
 @dataclass
@@ -60,8 +61,8 @@ class Args:
     """what reads the grid: a fixed table of rays (fast), or a convolutional network (the published design)"""
     rays: int = 36
     """with rays: ranges read from each plane of obstacles"""
-    cnn_channels: tuple[int, ...] = (32, 64, 64)
-    """with cnn: channels of its three layers"""
+    cnn_channels: tuple[int, ...] = (8, 16, 16)
+    """with cnn: channels of its three layers; 32 64 64 is the published size, for a GPU"""
     people: int = 8
     """nearest pedestrians that the policy looks at"""
     set_units: int = 16
@@ -172,7 +173,7 @@ TUNED: dict[str, dict] = {
     "rays": {"env_kwargs": {"grid_channels": "near", "training_margin": 0.1}, "final_log_std": -2.0},
     "cnn": {
         "env_kwargs": {"grid_channels": "near", "training_margin": 0.1}, "final_log_std": -2.0,
-        "cnn_channels": (8, 16, 16), "total_timesteps": 1_500_000,
+        "total_timesteps": 1_500_000,
     },
 }  # fmt: skip
 
@@ -337,7 +338,7 @@ class GridAgent(nn.Module):
         """What the policy looks at, as one row (N, obs_dim). Nothing here is learned, so it is done once, as an
         observation arrives."""
         robot, goal, pedestrians, count, grid = (obs[name] for name in SEEN)
-        waypoint, ahead = 10 * goal[:, :2], 10 * goal[:, 4:6]  # m
+        waypoint, ahead = GOAL_RANGE * goal[:, :2], GOAL_RANGE * goal[:, 4:6]  # m
         waypoint = waypoint / waypoint.square().sum(1, keepdim=True).sqrt().clamp(min=WAY_RANGE)
         people = self.people_features(pedestrians[:, : self.people], count, robot[:, :1]).flatten(1)
         planes = grid[:, self.planes]
@@ -348,7 +349,7 @@ class GridAgent(nn.Module):
     def people_features(self, pedestrians: Tensor, count: Tensor, speed: Tensor) -> Tensor:
         """PERSON numbers (N, people, PERSON) about each: where it is, how it moves as seen from the robot, and how near
         it will come, and when, if both go on as they do. Zeros for those who are not there, or too far away."""
-        position, velocity = 16 * pedestrians[..., :2], 2 * pedestrians[..., 2:]  # m, m/s
+        position, velocity = PEDESTRIAN_RANGE * pedestrians[..., :2], PEDESTRIAN_SPEED * pedestrians[..., 2:]
         velocity = velocity - torch.stack([speed * self.max_speed, torch.zeros_like(speed)], dim=-1)
         distance = position.square().sum(-1, keepdim=True).sqrt()
         meeting = -(position * velocity).sum(-1, keepdim=True) / (velocity.square().sum(-1, keepdim=True) + 1e-6)

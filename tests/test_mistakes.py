@@ -2,12 +2,9 @@
 
 import errno
 import json
-import re
 import shutil
-import signal
 import subprocess
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers import assert_refused, files
 from onnx import TensorProto, helper, numpy_helper
 
 import envs
@@ -23,6 +21,7 @@ import ppo_continuous
 import ppo_residual
 from envs import run
 
+SCRIPT = ppo_residual
 TINY = ppo_residual.Args(
     num_envs=2,
     num_steps=64,
@@ -119,48 +118,6 @@ def place(originals, tmp_path, monkeypatch):
     shutil.copytree(originals, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs a script in this process: command line -> status, the lines on stderr."""
-
-    def command(line: str, script: types.ModuleType = ppo_residual) -> tuple[int | str, list[str]]:
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *line.split()])
-        with pytest.raises(SystemExit) as end:
-            sys.exit(script.main())
-        return end.value.code or 0, [line for line in capsys.readouterr().err.splitlines() if line]
-
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield command
-    for s, handler in before.items():
-        signal.signal(s, handler)
-
-
-def files() -> dict[Path, bytes | None]:
-    found = (path for path in Path().rglob("*") if path.name != "MUJOCO_LOG.TXT")  # MuJoCo's own warnings
-    return {path: path.read_bytes() if path.is_file() else None for path in found}
-
-
-def assert_refused(status: int | str, lines: list[str], message: str) -> None:
-    assert status == 2, lines
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    assert re.search(message, lines[0])
-
-
-@pytest.fixture
-def refused(command):
-    """The command line is refused with that message (a pattern), and every file stays as it was."""
-
-    def refused(line: str, message: str, script: types.ModuleType = ppo_residual) -> None:
-        before = files()
-        assert_refused(*command(line, script), message)
-        after = files()
-        assert sorted(after) == sorted(before)
-        assert after == before
-
-    return refused
 
 
 FILES = {
@@ -331,6 +288,7 @@ EVALUATING = {
     "--evaluate ik --compare-base": r"--compare-base needs a policy file or a run, and ik has no base; leave it out",
     "--evaluate run --learning-rate 0.01": r"--learning-rate has no effect on --evaluate run; leave it out",
     "--evaluate ik --alpha 0.1": r"--alpha has no effect on --evaluate ik; leave it out",
+    "--evaluate ik --base-policy zero": r"--base-policy has no effect on --evaluate ik; leave it out",
     "--evaluate run --resume run": r"--resume has no effect on --evaluate run; leave it out",
     "--evaluate run --config good.json": r"--config has no effect on --evaluate run; leave it out",
     "--evaluate ik --eval-episodes 0": r"--eval-episodes 0 means all there are, but SO101Paper-v0 has no end of them",

@@ -20,6 +20,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from helpers import lines, same
 from torch.distributions import Independent, Normal
 
 import envs
@@ -627,28 +628,6 @@ def whole(request, tmp_path_factory):
         make_quick(patch)
         summary = ppo.train(args)
     return folder, args, summary
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def same(x, y, where=""):
-    """Equal to the last bit, whatever is nested in whatever; NaN equals NaN."""
-    assert type(x) is type(y), where
-    if isinstance(x, dict):
-        assert x.keys() == y.keys(), where
-        for name in x:
-            same(x[name], y[name], f"{where}/{name}")
-    elif isinstance(x, list | tuple):
-        assert len(x) == len(y), where
-        for i, pair in enumerate(zip(x, y)):
-            same(*pair, f"{where}/{i}")
-    elif isinstance(x, torch.Tensor):
-        assert x.dtype == y.dtype, where
-        assert torch.equal(x.nan_to_num(), y.nan_to_num()), where
-    else:
-        assert x == y or (isinstance(x, float) and math.isnan(x) and math.isnan(y)), where
 
 
 def same_runs(folder, other):

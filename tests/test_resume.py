@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import math
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import lines, same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_continuous
@@ -72,28 +72,6 @@ def rows(path):
     with open(path, newline="") as file:
         table = list(csv.DictReader(file))
     return [{name: value for name, value in row.items() if name != "time/sps"} for row in table]
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def same(x, y, where=""):
-    """Equal to the last bit, whatever is nested in whatever; NaN equals NaN."""
-    assert type(x) is type(y), where
-    if isinstance(x, dict):
-        assert x.keys() == y.keys(), where
-        for name in x:
-            same(x[name], y[name], f"{where}/{name}")
-    elif isinstance(x, list | tuple):
-        assert len(x) == len(y), where
-        for i, pair in enumerate(zip(x, y)):
-            same(*pair, f"{where}/{i}")
-    elif isinstance(x, torch.Tensor):
-        assert torch.equal(x.nan_to_num(), y.nan_to_num()), where
-        assert x.dtype == y.dtype, where
-    else:
-        assert x == y or (isinstance(x, float) and math.isnan(x) and math.isnan(y)), where
 
 
 def same_runs(folder, other, final=("final.pt", "best.pt")):

@@ -1,4 +1,3 @@
-import functools
 import json
 import math
 import warnings
@@ -15,10 +14,12 @@ import envs
 from envs import run
 from envs.rollout import rollout, scripted
 from envs.run import UserError
-from envs.socnav import environment, metrics
+from envs.socnav import GOAL_RANGE, PEDESTRIAN_RANGE, environment, metrics
 from envs.socnav.controllers import Pursuit
-from envs.socnav.environment import GOAL_RANGE, PEDESTRIAN_RANGE, SocNavGrid, SocNavGridEnv
+from envs.socnav.environment import SocNavGrid, SocNavGridEnv
 from envs.socnav.scenarios import TRAINING_VARIANTS, VALIDATION_VARIANTS, Scenario, Stream, choose, load_scenarios
+
+pytestmark = pytest.mark.usefixtures("smaller_training_world")
 
 TINY = {"grid_size": 2, "grid_channels": "obstacles"}  # where nobody looks at the grid
 CORRIDOR = {"split": "train", "scenario": "francis2023_frontal_approach"}
@@ -28,19 +29,6 @@ ROBOTS = [
     {"robot": "bicycle", "allow_backwards": True},
     {"allow_backwards": True, "robot_radius": 1.0},
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def smaller_training_world():
-    """Every fifth variant of the training scenarios, since to draw the starts of all takes ten seconds."""
-
-    def some(split, training, scenario):
-        return choose(split, training, scenario)[:: 5 if training and scenario is None else 1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(environment, "choose", some)
-        patch.setattr(environment, "load_world", functools.lru_cache(environment.load_world.__wrapped__))
-        yield
 
 
 def wandering(vec, steps, seed=0):

@@ -1,4 +1,3 @@
-import functools
 import math
 
 import numpy as np
@@ -11,24 +10,13 @@ from envs.socnav import dynamics, environment
 from envs.socnav.crowd import Crowd
 from envs.socnav.dynamics import DT, drive, make_robot, wrap
 from envs.socnav.environment import SocNavGrid
-from envs.socnav.scenarios import Scenario, Single, Stream, choose, load_scenarios, variant
+from envs.socnav.scenarios import Scenario, Single, Stream, load_scenarios, variant
 from envs.socnav.starts import LOOP, RESPAWN, ROLES, World
+
+pytestmark = pytest.mark.usefixtures("smaller_training_world")
 
 RADIUS = 0.6  # m, of the robot
 ALONE = torch.tensor([[-1000.0], [-1000.0], [0.0]])  # pose of a robot that nobody notices
-
-
-@pytest.fixture(scope="module", autouse=True)
-def smaller_training_world():
-    """Every fifth variant of the training scenarios, since to draw the starts of all takes ten seconds."""
-
-    def some(split, training, scenario):
-        return choose(split, training, scenario)[:: 5 if training and scenario is None else 1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(environment, "choose", some)
-        patch.setattr(environment, "load_world", functools.lru_cache(environment.load_world.__wrapped__))
-        yield
 
 
 def vector(*xy):

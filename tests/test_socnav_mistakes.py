@@ -1,16 +1,14 @@
 """ppo_grid_socnav.py: a user's mistake ends in one line that says what is wrong and what to do, with status 2."""
 
 import json
-import re
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_refused, files
 
 import envs
 import ppo_continuous
@@ -18,6 +16,7 @@ import ppo_grid_socnav as ppo
 from envs import run
 from envs.socnav import metrics
 
+SCRIPT = ppo
 PLACE = {"scenario": "francis2023_frontal_approach", "grid_channels": "near"}
 TINY = ppo.Args(
     env_kwargs=PLACE, num_envs=8, num_steps=16, minibatch_size=64, update_epochs=1, hidden_sizes=(16,), eval_episodes=1,
@@ -104,45 +103,6 @@ def place(originals, tmp_path, monkeypatch):
     shutil.copytree(originals, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "export_onnx", placeholder)
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs the script in this process: command line -> status, the lines on stderr."""
-
-    def command(line: str) -> tuple[int | str, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["ppo_grid_socnav.py", *line.split()])
-        with pytest.raises(SystemExit) as end:
-            sys.exit(ppo.main())
-        return end.value.code or 0, [line for line in capsys.readouterr().err.splitlines() if line]
-
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield command
-    for s, handler in before.items():
-        signal.signal(s, handler)
-
-
-def files() -> dict[Path, bytes | None]:
-    return {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
-
-
-def assert_refused(status: int | str, lines: list[str], message: str) -> None:
-    assert status == 2, lines
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    assert re.search(message, lines[0])
-
-
-@pytest.fixture
-def refused(command):
-    """The command line is refused with that message (a pattern), and every file stays as it was."""
-
-    def refused(line: str, message: str) -> None:
-        before = files()
-        assert_refused(*command(line), message)
-        assert files() == before
-
-    return refused
 
 
 TRAINING = {
@@ -269,6 +229,7 @@ EVALUATING = {
     "--evaluate run --env-kwargs scenario nowhere": r"no scenario 'nowhere'; there are",
     "--evaluate run --env-kwargs crowd_density 0": r"crowd_density must be above 0 .*, not 0",
     "--evaluate cnn.pt --env-kwargs grid_size 32": r"cnn\.pt: ",
+    "--evaluate pursuit --grid-encoder cnn": r"--grid-encoder has no effect on --evaluate pursuit; leave it out",
     "--evaluate run --grid-encoder cnn": r"--grid-encoder has no effect on --evaluate run; leave it out",
     "--evaluate run --reward simple": r"--reward has no effect on --evaluate run; leave it out",
     "--evaluate run --rays 12": r"--rays has no effect on --evaluate run; leave it out",

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from envs.socnav import PEDESTRIAN_RANGE
 from envs.socnav.dynamics import DT, WHEELBASE
 
 CRUISE = 1.5  # m/s
@@ -39,8 +40,6 @@ class PursuitStop(Pursuit):
     """Stops while a pedestrian is within 4 m ahead and 2 m to either side."""
 
     def speed(self, obs: dict[str, np.ndarray], bearing: np.ndarray) -> np.ndarray:
-        from envs.socnav.environment import PEDESTRIAN_RANGE
-
         x, y = np.moveaxis(obs["pedestrians"][..., :2] * PEDESTRIAN_RANGE, -1, 0)
         present = np.arange(x.shape[1]) < obs["count"]
         blocked = (present & (x > 0) & (x < STOP_AHEAD) & (np.abs(y) < STOP_BESIDE)).any(1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from envs.batch_env import Array, BatchEnv, SingleEnv, seed_of_each
 from envs.raster import Window
 from envs.run import UserError
-from envs.socnav import controllers, metrics
+from envs.socnav import GOAL_RANGE, PEDESTRIAN_RANGE, PEDESTRIAN_SPEED, controllers, metrics
 from envs.socnav.crowd import Crowd
 from envs.socnav.drawing import Drawing
 from envs.socnav.dynamics import DT, PEDESTRIAN_RADIUS, drive, from_rectangles, length, make_robot, rotate
@@ -29,9 +29,7 @@ GOAL_RADIUS = 1.0  # m beyond the robot's own, within which a waypoint counts as
 LOOK_AHEAD = 3.0  # m along the route
 WINDOW = 3.0  # m that the place on the route can move in a step, so that it does not jump where a route comes by again
 NEAREST = 64  # pedestrians in an observation
-GOAL_RANGE, PEDESTRIAN_RANGE = 10.0, 16.0  # m; farther points keep their direction but not their distance
 REMAINING = 100.0  # m of route that a `remaining` of 1 stands for
-PEDESTRIAN_SPEED = 2.0  # m/s that a velocity of 1 stands for
 STARTS = {"train": 10, "validation": 64, "test": 256}  # of each scenario, or variant of one
 LARGEST_GRID = 2**30  # bytes
 
@@ -105,7 +103,9 @@ class SocNavGrid(BatchEnv):
 
     Args:
         training: False: every scenario as it was authored, in turn (episode i plays scenario i modulo their number),
-            rewarded with `simple`; True: scenarios at random, also mirrored and scaled.
+            rewarded with `simple`; True: scenarios at random, also mirrored, scaled, with boxes and gates beside the
+            way; the robot may start anywhere on its route, drive it the other way round and look off it, and up to four
+            more pedestrians cross its way or stand in it.
         scenario: only this one.
         robot: differential or bicycle; allow_backwards: whether it may; robot_radius: m.
         training_margin: m by which the hull is larger in training, so that the policy learns to keep clear.
@@ -172,8 +172,7 @@ class SocNavGrid(BatchEnv):
         self.sums = torch.zeros(5, num_envs, device=self.device)  # near steps, forces, comfort, action change, way
         self.scale = torch.tensor((high - low) / 2, device=self.device)[:, None]
         self.names = np.array(self.world.names)
-        self.place = place_of(self.world, self.crowd.start)
-        self.limit = self._out(self.place.limit)
+        self._look_up()
         self.drawing = Drawing(robot_radius + GOAL_RADIUS)
         self.window: Window | None = None
 
@@ -305,10 +304,7 @@ class SocNavGrid(BatchEnv):
         everywhere = len(rows) == self.num_envs
         here = self.place if everywhere else place_of(self.world, self.crowd.start[rows])
         pose = self.pose[:, rows]
-        cos, sin = (
-            torch.cos(pose[2]),
-            -torch.sin(pose[2]),
-        )  # of minus the heading: from the world's frame to the robot's
+        cos, sin = torch.cos(-pose[2]), torch.sin(-pose[2])  # from the world's frame to the robot's
         speed = self.speed[:, rows]
         robot = [speed[0] / self.robot.max_speed, speed[1] / self.robot.max_turn_rate, *self.action[:, rows]]
 

@@ -62,15 +62,15 @@ class OccupancyGrid:
         def raster_index(of_row: Tensor, of_column: Tensor, cells: Tensor, out: Tensor) -> Tensor:
             of_row, of_column = (unit * of_row).to(torch.int32), (unit * of_column).to(torch.int32)
             torch.add(of_row[:, :, None], of_column[:, None, :], out=out).bitwise_right_shift_(FRACTION).clamp_(min=0)
-            return torch.minimum(out, pick(cells)[:, None, None] - 1, out=out)
+            return torch.minimum(out, of_each(cells) - 1, out=out)
 
-        def pick(of_map: Tensor) -> Tensor:
-            return of_map.index_select(0, maps)
+        def of_each(of_map: Tensor) -> Tensor:
+            return of_map.index_select(0, maps)[:, None, None]
 
         x, y = pose[0, :, None], pose[1, :, None]
         row = raster_index(cos * along, y + sin * along, raster.rows, self.work[0, :n])
         column = raster_index(-sin * along, x + cos * along, raster.columns, self.work[1, :n])
-        place = row.mul_(pick(raster.columns)[:, None, None]).add_(column).add_(pick(raster.begin)[:, None, None])
+        place = row.mul_(of_each(raster.columns)).add_(column).add_(of_each(raster.begin))
         return raster.solid.index_select(0, place.flatten()).view(-1, self.size, self.size)
 
     def touched(self, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ right, y up.
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 FILE = Path(__file__).parents[1] / "assets" / "socnav_scenarios.json"
-ROLES = ("wait", "follow", "lead", "accompany", "join", "leave")
 NOMINAL_SPEED = 0.5  # m/s of a pedestrian
 LANE = 3.0  # m, the width that a route's density counts
+GATES, CLUTTER = 4, 6  # boxes of gates, and of all, at most, beside the way of a cluttered scenario
+TRAINING_VARIANTS = [(mirror, scale) for scale in (1.0, 0.85, 1.15) for mirror in (False, True)]
+VALIDATION_VARIANTS = [(True, 0.92), (False, 1.25), (True, 1.08)]  # of every third training scenario in turn
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 Point = tuple[float, float]
@@ -145,38 +147,58 @@ def variant(scenario: Scenario, mirror: bool, scale: float) -> Scenario:
     )
 
 
-def cluttered(scenario: Scenario, rng: np.random.Generator) -> Scenario:
-    """The scenario with boxes beside the robot's way: up to two gates 2 to 2.8 m wide, and some single ones; nobody's
-    way is blocked."""
-    corners = [[(x, y) for x in box[::2] for y in box[1::2]] for box in (scenario.start, scenario.goal)]
-    routes = np.concatenate([dense([a, *scenario.via, b]) for a in corners[0] for b in corners[1]])
+def corners(box: Box) -> list[Point]:
+    return [(x, y) for x in box[::2] for y in box[1::2]]
+
+
+def robot_ways(scenario: Scenario) -> np.ndarray:
+    """Points (n, 2) along the routes from each corner of the robot's start to each corner of its goal."""
+    ends = [(a, b) for a in corners(scenario.start) for b in corners(scenario.goal)]
+    return np.concatenate([dense([a, *scenario.via, b]) for a, b in ends])
+
+
+def blocks_nobody(scenario: Scenario) -> Callable[[np.ndarray], bool]:
+    """The test of whether a box (4,) leaves everybody's way, zone, start and goal free, and lies inside the map."""
+    driven = robot_ways(scenario)
     paths = [*(c.route for c in scenario.crowds), *(p.path for p in scenario.pedestrians)]
     walked = np.concatenate([dense(path) for path in paths if path] or [np.full((1, 2), np.inf)])
     kept_free = [c.zone for c in scenario.crowds if c.zone is not None]
     kept_free += [(x0 - 1, y0 - 1, x1 + 1, y1 + 1) for x0, y0, x1, y1 in (scenario.start, scenario.goal)]
 
-    def fits(box: np.ndarray) -> bool:
-        free = to_box(routes, box).min() >= 1.0 and to_box(walked, box).min() >= 1.4
+    def test(box: np.ndarray) -> bool:
+        free = to_box(driven, box).min() >= 1.0 and to_box(walked, box).min() >= 1.4
         outside = (box < 0).any() or (box > [*scenario.size, *scenario.size]).any()
         return free and not outside and not any(overlap(box, zone) for zone in kept_free)
 
-    def box_at(centre: np.ndarray, half: np.ndarray) -> np.ndarray:
-        return np.concatenate([centre - half, centre + half])
+    return test
 
-    middle = dense([np.mean(corners[0], axis=0), *scenario.via, np.mean(corners[1], axis=0)])
-    boxes: list[np.ndarray] = []
+
+def gate(ahead: np.ndarray, place: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Two boxes, left and right of a place (2,) where the way goes `ahead` (2,), 2 to 2.8 m apart."""
+    along = ahead / max(np.hypot(*ahead), 1e-6)
+    across, half = np.array([-along[1], along[0]]), rng.uniform(0.3, 1.2, 2)
+    apart = rng.uniform(1.0, 1.4) + np.abs(across) @ half
+    return [around(place + side * apart * across, half) for side in (-1, 1)]
+
+
+def cluttered(scenario: Scenario, rng: np.random.Generator) -> Scenario:
+    """The scenario with boxes beside the robot's way: up to two gates, and single ones; they block nobody."""
+    fits, ways, boxes = blocks_nobody(scenario), robot_ways(scenario), []
+    middle = dense([np.mean(corners(scenario.start), 0), *scenario.via, np.mean(corners(scenario.goal), 0)])
     for _ in range(40):
         k = rng.integers(len(middle) - 1)
-        along = (middle[k + 1] - middle[k]) / max(np.hypot(*(middle[k + 1] - middle[k])), 1e-6)
-        across, half = np.array([-along[1], along[0]]), rng.uniform(0.3, 1.2, 2)
-        apart = rng.uniform(1.0, 1.4) + np.abs(across) @ half
-        gate = [box_at(middle[k] + side * apart * across, half) for side in (-1, 1)]
-        boxes += gate if len(boxes) < GATES and all(fits(box) for box in gate) else []
+        pair = gate(middle[k + 1] - middle[k], middle[k], rng)
+        boxes += pair if len(boxes) < GATES and all(fits(box) for box in pair) else []
     for _ in range(60):
-        box = box_at(rng.choice(routes) + rng.uniform(-3.5, 3.5, 2), rng.uniform(0.3, 1.2, 2))
+        box = around(rng.choice(ways) + rng.uniform(-3.5, 3.5, 2), rng.uniform(0.3, 1.2, 2))
         boxes += [box] if len(boxes) < CLUTTER and fits(box) else []
     obstacles = (*scenario.obstacles, *(tuple(box.tolist()) for box in boxes))
     return replace(scenario, name=f"{scenario.name}/cluttered", obstacles=obstacles)
+
+
+def around(centre: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """The box (4,) with this centre, half as wide and high as these (2,)."""
+    return np.concatenate([centre - half, centre + half])
 
 
 def dense(path: Sequence[Point]) -> np.ndarray:
@@ -195,11 +217,6 @@ def to_box(points: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 def overlap(a: Box, b: Box) -> bool:
     return bool(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3])
-
-
-GATES, CLUTTER = 4, 6  # boxes of gates, and of all, at most
-TRAINING_VARIANTS = [(mirror, scale) for scale in (1.0, 0.85, 1.15) for mirror in (False, True)]
-VALIDATION_VARIANTS = [(True, 0.92), (False, 1.25), (True, 1.08)]  # of every third training scenario in turn
 
 
 def choose(split: str, training: bool, scenario: str | None) -> list[Scenario]:

@@ -1,0 +1,55 @@
+"""Fixtures that several test files use."""
+
+import functools
+import signal
+import sys
+
+import pytest
+from helpers import assert_refused, files
+
+from envs.socnav import environment
+from envs.socnav.scenarios import choose
+
+
+@pytest.fixture(scope="module")
+def smaller_training_world():
+    """Every fifth variant of the training scenarios, since to draw the starts of all takes ten seconds."""
+
+    def some(split, training, scenario):
+        return choose(split, training, scenario)[:: 5 if training and scenario is None else 1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "choose", some)
+        patch.setattr(environment, "load_world", functools.lru_cache(environment.load_world.__wrapped__))
+        yield
+
+
+@pytest.fixture
+def command(request, monkeypatch, capsys):
+    """Runs a script, the test file's SCRIPT if none is named, in this process: command line -> status, the lines on
+    stderr."""
+
+    def command(line, script=request.module.SCRIPT):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *line.split()])
+        with pytest.raises(SystemExit) as end:
+            sys.exit(script.main())
+        return end.value.code or 0, [line for line in capsys.readouterr().err.splitlines() if line]
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield command
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+@pytest.fixture
+def refused(command):
+    """The command line is refused with that message (a pattern), and every file stays as it was."""
+
+    def refused(line, message, *script):
+        before = files()
+        assert_refused(*command(line, *script), message)
+        after = files()
+        assert sorted(after) == sorted(before)
+        assert after == before
+
+    return refused

@@ -1,0 +1,45 @@
+"""Functions that several test files use."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(x: Any, y: Any, where: str = "") -> None:
+    """Equal to the last bit, whatever is nested in whatever; NaN equals NaN."""
+    assert type(x) is type(y), where
+    if isinstance(x, dict):
+        assert x.keys() == y.keys(), where
+        for name in x:
+            same(x[name], y[name], f"{where}/{name}")
+    elif isinstance(x, list | tuple):
+        assert len(x) == len(y), where
+        for i, pair in enumerate(zip(x, y)):
+            same(*pair, f"{where}/{i}")
+    elif isinstance(x, torch.Tensor):
+        assert x.dtype == y.dtype, where
+        assert torch.equal(x.nan_to_num(), y.nan_to_num()), where
+    else:
+        assert x == y or (isinstance(x, float) and math.isnan(x) and math.isnan(y)), where
+
+
+def files() -> dict[Path, bytes | None]:
+    """The content of every file below the working directory."""
+    found = (path for path in Path().rglob("*") if path.name != "MUJOCO_LOG.TXT")  # MuJoCo's own warnings
+    return {path: path.read_bytes() if path.is_file() else None for path in found}
+
+
+def assert_refused(status: int | str, lines: list[str], message: str) -> None:
+    """One line that says it, and status 2."""
+    assert status == 2, lines
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert re.search(message, lines[0])
