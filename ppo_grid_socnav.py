@@ -6,9 +6,11 @@ is new is what stands between the observation and the network:
     grid          64 x 64 cells around the robot -> ranges along rays, or convolutions
     pedestrians   a set: the same small network looks at each, and max and sum make its answers one vector
     robot, goal   as they are
+    left, right   the policy is symmetric: pi(mirrored obs) = mirrored pi(obs), as mu(o) = (f(o) + M f(M o)) / 2
 
 Ranges are read from the grid by a fixed table, so on a CPU they cost next to nothing; convolutions are the published
-design, for a GPU and long runs.
+design, for a GPU and long runs. Symmetry is not left to be learned (Abdolhosseini et al. 2019): in places that training
+did not show, the policy fails less.
 
   train     python ppo_grid_socnav.py                               (10 million steps)
   resume    python ppo_grid_socnav.py --resume runs/<run>
@@ -23,7 +25,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from math import ceil, log, pi, prod, sqrt
+from math import ceil, log, pi, sqrt
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -269,33 +271,34 @@ class Encoder(nn.Module):
         each = self.person(people) * people[..., -1:]
         parts = [vector, each.amax(-2), each.sum(-2)]
         if cells.shape[-1]:
-            shape = len(self.planes), self.size, self.size
-            images = unpack(cells, prod(shape)).reshape(-1, *shape)
+            images = unpack(cells.unflatten(-1, (len(self.planes), self.size, -1)), self.size).flatten(0, -4)
             parts.append(self.cnn(images).reshape(*row.shape[:-1], -1))
         return torch.cat(parts, dim=-1)
 
 
 def pack(cells: Tensor) -> Tensor:
-    """Cells of 0 and 1 (..., C), eight to a number from 0 to 255: (..., C / 8). A rollout keeps a grid that way."""
+    """Rows of 0 and 1 (..., size), eight cells to a number from 0 to 255: (..., size / 8). A rollout keeps a grid that
+    way."""
     cells = nn.functional.pad(cells, (0, -cells.shape[-1] % 8))
     return (cells.unflatten(-1, (-1, 8)) * 2 ** torch.arange(8, device=cells.device)).sum(-1)
 
 
-def unpack(numbers: Tensor, cells: int) -> Tensor:
-    """The cells again: the bits of each number."""
+def unpack(numbers: Tensor, size: int) -> Tensor:
+    """The cells again (..., size): the bits of each number."""
     halved = numbers.unsqueeze(-1) / 2 ** torch.arange(8, device=numbers.device)
-    return halved.floor().remainder(2).flatten(-2)[..., :cells]
+    return halved.floor().remainder(2).flatten(-2)[..., :size]
 
 
 def ray_table(size: int, rays: int) -> Tensor:
     """Cells that each ray crosses, from the middle outwards: int64 (rays, size / 2), indices into a plane."""
-    angle = 2 * pi * torch.arange(rays, dtype=torch.float64)[:, None] / rays
+    angle = 2 * pi * (torch.arange(rays, dtype=torch.float64)[:, None] + 0.5) / rays  # mirrored, they are the same rays
     distance = torch.arange(size // 2, dtype=torch.float64) + 0.5  # in cells
     column, row = ((size / 2 + distance * part).floor().long() for part in (angle.cos(), angle.sin()))
     return row * size + column
 
 
 SEEN = ("robot", "goal", "pedestrians", "count", "grid")
+ROBOT = 4  # numbers about the robot: forward speed, turn rate, the last action
 WAY = 4  # numbers about the route: the current waypoint and the point 3 m ahead
 PERSON = 8  # numbers about a pedestrian: position (2), velocity (2), distances now and at its nearest, when, presence
 HORIZON = 4.0  # s that it looks ahead
@@ -319,13 +322,15 @@ class GridAgent(nn.Module):
         kinds = ("obstacles", "near") if rays else ("obstacles", "near", "pedestrians")
         self.planes = [k for k, name in enumerate(channels) if name in kinds]
         self.register_buffer("table", ray_table(self.size, args.rays), persistent=False)
-        vector = space["robot"].shape[0] + WAY + rays * args.rays * len(self.planes)
-        cells = 0 if rays else ceil(len(self.planes) * self.size**2 / 8)
+        vector = ROBOT + WAY + rays * args.rays * len(self.planes)
+        cells = 0 if rays else len(self.planes) * self.size * ceil(self.size / 8)
         self.sizes = [vector, self.people * PERSON, cells]
         self.normalizer = VectorNormalizer(self.sizes) if args.norm_obs else nn.Identity()
         self.actor = self.network(args, len(low), gain=0.01)  # starts near zero
         self.critic = self.network(args, 1, gain=1.0)
         self.log_std = nn.Parameter(torch.full((len(low),), args.init_log_std))
+        for name, values in zip(("source", "sign"), self.mirrored_row()):
+            self.register_buffer(name, values, persistent=False)
         self.weights = list(self.parameters())  # listed once: to search the modules takes 3 % of a gradient step
         self.register_buffer("center", torch.as_tensor((high + low) / 2))
         self.register_buffer("scale", torch.as_tensor((high - low) / 2))
@@ -333,6 +338,25 @@ class GridAgent(nn.Module):
     def network(self, args: Args, outputs: int, gain: float) -> nn.Sequential:
         encoder = Encoder(self, args)
         return nn.Sequential(encoder, mlp([encoder.features, *args.hidden_sizes, outputs], gain))
+
+    def mirrored_row(self) -> tuple[Tensor, Tensor]:
+        """Where each number of a row comes from, and with which sign, when left and right are swapped."""
+        vector, people, cells = torch.arange(sum(self.sizes)).split(self.sizes)
+        ours, ranges = vector.split([ROBOT + WAY, len(vector) - ROBOT - WAY])
+        ranges = ranges.reshape(len(self.planes), -1).flip(1)  # the last ray is the first one mirrored
+        cells = cells.reshape(len(self.planes), self.size, -1).flip(1)  # rows grow to the left
+        forward_left = torch.tensor([1.0, -1.0])
+        person = torch.cat([forward_left.repeat(2), torch.ones(PERSON - 4)])
+        sign = torch.ones(sum(self.sizes))
+        sign[: len(ours)] = forward_left.repeat(len(ours) // 2)
+        sign[people] = person.repeat(self.people)
+        return torch.cat([ours, ranges.flatten(), people, cells.flatten()]), sign
+
+    def mean(self, obs: Tensor) -> Tensor:
+        """The middle of the Gaussian (..., 2). The actor looks at each situation and at its mirror image."""
+        both = torch.stack([obs, obs[..., self.source] * self.sign])
+        action, mirrored = self.actor(self.normalizer(both))
+        return (action + mirrored * self.sign[:2]) / 2  # forward keeps its sign, left changes it
 
     def see(self, obs: dict[str, Tensor]) -> Tensor:
         """What the policy looks at, as one row (N, obs_dim). Nothing here is learned, so it is done once, as an
@@ -343,7 +367,7 @@ class GridAgent(nn.Module):
         people = self.people_features(pedestrians[:, : self.people], count, robot[:, :1]).flatten(1)
         planes = grid[:, self.planes]
         if self.sizes[2]:
-            return torch.cat([robot, waypoint, ahead / 3, people, pack(planes.flatten(1)).to(robot)], dim=1)
+            return torch.cat([robot, waypoint, ahead / 3, people, pack(planes).flatten(1).to(robot)], dim=1)
         return torch.cat([robot, waypoint, ahead / 3, self.closeness(planes).to(robot), people], dim=1)
 
     def people_features(self, pedestrians: Tensor, count: Tensor, speed: Tensor) -> Tensor:
@@ -372,14 +396,14 @@ class GridAgent(nn.Module):
     def forward(self, robot: Tensor, goal: Tensor, pedestrians: Tensor, count: Tensor, grid: Tensor) -> Tensor:
         """The deployed policy: the most likely action for a raw observation, inside the environment's bounds."""
         row = self.see(dict(zip(SEEN, (robot, goal, pedestrians, count, grid))))
-        return self.bounded(self.actor(self.normalizer(row)))
+        return self.bounded(self.mean(row))
 
     def bounded(self, action: Tensor) -> Tensor:
         """The Gaussian's own units, where [-1, 1] is the whole range, to the environment's, inside its bounds."""
         return self.center + self.scale * action.clamp(-1, 1)
 
     def sample(self, obs: Tensor) -> Tensor:
-        mean = self.actor(self.normalizer(obs))
+        mean = self.mean(obs)
         return mean + self.log_std.exp() * torch.randn_like(mean)
 
     def value(self, obs: Tensor) -> Tensor:
@@ -387,13 +411,12 @@ class GridAgent(nn.Module):
 
     def evaluate_actions(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log pi(action | obs) (...), the policy's entropy () and V(obs) (...)."""
-        obs = self.normalizer(obs)
         # log N(a; mu, sigma) = -z^2 / 2 - log sigma - log(2 pi) / 2 with z = (a - mu) / sigma, summed over components
-        z = (action - self.actor(obs)) / self.log_std.exp()
+        z = (action - self.mean(obs)) / self.log_std.exp()
         log_scale = (self.log_std + 0.5 * log(2 * pi)).sum()
         logprob = -0.5 * z.square().sum(-1) - log_scale
         entropy = log_scale + 0.5 * len(self.log_std)
-        return logprob, entropy, self.critic(obs).squeeze(-1)
+        return logprob, entropy, self.value(obs)
 
 
 class Transitions(NamedTuple):

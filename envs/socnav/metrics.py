@@ -77,7 +77,7 @@ REWARDS: dict[str, dict[str, float]] = {
     },
     "route_completion": {
         "step": -0.01, "progress": 1.0, "goal": 5.0, "pedestrian_contact": -10.0, "obstacle_contact": -10.0,
-        "near_miss": -0.1, "near_wall": -0.1, "action_change_squared": -0.01,
+        "near_miss": -0.1, "near_wall": -0.1, "stagnation": -0.05, "action_change_squared": -0.01,
     },
 }  # fmt: skip
 NAMES = (*REWARDS, "snqi_step")
