@@ -269,7 +269,7 @@ class Encoder(nn.Module):
         people = people.unflatten(-1, (-1, PERSON))
         # A set has no order: the same for each, then the largest and the sum; those who are not there count nothing
         each = self.person(people) * people[..., -1:]
-        parts = [vector, each.amax(-2), each.sum(-2)]
+        parts = [vector, each.max(-2).values, each.sum(-2)]
         if cells.shape[-1]:
             images = unpack(cells.unflatten(-1, (len(self.planes), self.size, -1)), self.size).flatten(0, -4)
             parts.append(self.cnn(images).reshape(*row.shape[:-1], -1))
@@ -449,9 +449,11 @@ def collect(
         reward, terminated, truncated = (torch.as_tensor(x, device=device) for x in (reward, terminated, truncated))
         done, next_obs = terminated | truncated, new_obs
         if done.any():
-            next_obs = torch.where(done[:, None], agent.see(tensors(info["final_obs"], device)), new_obs)
+            ended = done.nonzero().flatten()
+            final_obs = {name: x[ended] for name, x in tensors(info["final_obs"], device).items()}
+            next_obs = new_obs.index_copy(0, ended, agent.see(final_obs))
             require_finite("final observation", as_numpy(next_obs), step)
-            episodes += [{"step": step, **rollout.episode_result(info, i)} for i in done.nonzero().flatten().tolist()]
+            episodes += [{"step": step, **rollout.episode_result(info, i)} for i in ended.tolist()]
         transitions.append((obs, action, next_obs, reward, terminated, done))
         obs = new_obs
     return Transitions(*map(torch.stack, zip(*transitions))), obs, episodes
