@@ -62,7 +62,7 @@ class Args:
     grid_encoder: Literal["rays", "cnn"] = "rays"
     """what reads the grid: a fixed table of rays (fast), or a convolutional network (the published design)"""
     rays: int = 36
-    """with rays: ranges read from each plane of obstacles"""
+    """with rays: ranges read from each plane of obstacles, an even number"""
     cnn_channels: tuple[int, ...] = (8, 16, 16)
     """with cnn: channels of its three layers; 32 64 64 is the published size, for a GPU"""
     people: int = 8
@@ -594,7 +594,9 @@ def with_reward(args: Args) -> Args:
     Raises:
         UserError: a setting of this script's own that cannot work.
     """
-    for name in ("rays", "people", "set_units"):
+    if args.rays < 2 or args.rays % 2:
+        raise UserError(f"--rays must be an even number, half of them on either side, not {args.rays}")
+    for name in ("people", "set_units"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if len(args.cnn_channels) != 3 or min(args.cnn_channels) < 1:

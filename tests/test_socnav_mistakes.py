@@ -151,7 +151,8 @@ TRAINING = {
     "--env-kwargs snqi missing.json": r"missing\.json: no such file",
     "--best-metric sucess_rate": r"--best-metric sucess_rate: no such metric; there are success_rate, .*snqi",
     # the networks
-    "--rays 0": r"--rays must be at least 1, not 0",
+    "--rays 0": r"--rays must be an even number, half of them on either side, not 0",
+    "--rays 35": r"--rays must be an even number, half of them on either side, not 35",
     "--people 0": r"--people must be at least 1, not 0",
     "--set-units 0": r"--set-units must be at least 1, not 0",
     "--hidden-sizes 16 0": r"--hidden-sizes must be at least 1, not \(16, 0\)",

@@ -26,6 +26,7 @@ class OccupancyGrid:
     def __init__(self, world: World, num_envs: int, channels: tuple[str, ...], size: int, resolution: float):
         self.world, self.channels, self.size, self.resolution = world, channels, size, resolution
         self.device = world.map.device
+        self.centres = torch.arange(size, device=self.device) + 0.5 - size / 2  # of cells, in units of a cell
         # Asked for in each step, a megabyte of memory comes fresh from the system, and that costs more than the sums
         self.work = torch.empty(2, num_envs, size, size, dtype=torch.int32, device=self.device)
 
@@ -55,22 +56,15 @@ class OccupancyGrid:
         A cell's place in the map's raster is the sum of a part for its row and one for its column, in fixed-point
         arithmetic, so that there is no rounding and no trigonometry for each cell."""
         raster, n = self.world.coarse if resolution >= COARSE else self.world.fine, len(maps)
-        along = (torch.arange(self.size, device=self.device) + 0.5 - self.size / 2) * resolution  # centres of cells, m
-        cos, sin = torch.cos(pose[2])[:, None], torch.sin(pose[2])[:, None]
-        unit = 2**FRACTION / raster.cell
-
-        def raster_index(of_row: Tensor, of_column: Tensor, cells: Tensor, out: Tensor) -> Tensor:
-            of_row, of_column = (unit * of_row).to(torch.int32), (unit * of_column).to(torch.int32)
-            torch.add(of_row[:, :, None], of_column[:, None, :], out=out).bitwise_right_shift_(FRACTION).clamp_(min=0)
-            return torch.minimum(out, of_each(cells) - 1, out=out)
-
-        def of_each(of_map: Tensor) -> Tensor:
-            return of_map.index_select(0, maps)[:, None, None]
-
-        x, y = pose[0, :, None], pose[1, :, None]
-        row = raster_index(cos * along, y + sin * along, raster.rows, self.work[0, :n])
-        column = raster_index(-sin * along, x + cos * along, raster.columns, self.work[1, :n])
-        place = row.mul_(of_each(raster.columns)).add_(column).add_(of_each(raster.begin))
+        cos, sin, unit = torch.cos(pose[2]), torch.sin(pose[2]), 2**FRACTION / raster.cell
+        # Of the raster's row and column: what a cell's row adds to each, and what its column does
+        parts = (unit * torch.stack([cos, -sin, sin, cos]))[..., None] * (resolution * self.centres)
+        parts[2:] += (unit * pose[:2].flip(0))[..., None]
+        of_row, of_column = parts.to(torch.int32).split(2)  # (2, n, size)
+        place = torch.add(of_row[..., None], of_column[:, :, None], out=self.work[:, :n])
+        shape = raster.shape.index_select(1, maps)[..., None, None]
+        row, column = torch.minimum(place.bitwise_right_shift_(FRACTION).clamp_(min=0), shape - 1, out=place)
+        place = row.mul_(shape[1]).add_(column).add_(raster.begin.index_select(0, maps)[:, None, None])
         return raster.solid.index_select(0, place.flatten()).view(-1, self.size, self.size)
 
     def touched(self, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:

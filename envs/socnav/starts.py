@@ -209,8 +209,7 @@ class Raster(NamedTuple):
     cell: float  # m
     solid: Tensor  # uint8, flat: the maps one after the other, each rows x columns
     begin: Tensor  # (M,) int32, where each map begins
-    rows: Tensor  # (M,) int32, along y
-    columns: Tensor  # (M,) int32, along x
+    shape: Tensor  # (2, M) int32, its rows, along y, and its columns, along x
 
 
 def rasterize(scenario: Scenario, cell: float) -> np.ndarray:
@@ -278,9 +277,9 @@ class World:
     def _raster(self, scenarios: list[Scenario], cell: float, tensor: Any) -> Raster:
         maps = [rasterize(one, cell) for one in scenarios]
         begin = np.cumsum([0, *(m.size for m in maps[:-1])])
-        rows, columns = np.array([m.shape for m in maps]).T
+        shape = np.array([m.shape for m in maps]).T
         solid = tensor(np.concatenate([m.ravel() for m in maps]), torch.uint8)
-        return Raster(cell, solid, *(tensor(x, torch.int32) for x in (begin, rows, columns)))
+        return Raster(cell, solid, *(tensor(x, torch.int32) for x in (begin, shape)))
 
     def _routes(self, starts: list[Start], tensor: Any, components_first: Any) -> None:
         routes = [s.route for s in starts]
