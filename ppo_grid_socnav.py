@@ -290,11 +290,13 @@ def unpack(numbers: Tensor, size: int) -> Tensor:
 
 
 def ray_table(size: int, rays: int) -> Tensor:
-    """Cells that each ray crosses, from the middle outwards: int64 (rays, size / 2), indices into a plane."""
-    angle = 2 * pi * (torch.arange(rays, dtype=torch.float64)[:, None] + 0.5) / rays  # mirrored, they are the same rays
+    """Cells that each ray crosses, from the middle outwards: int64 (rays, size / 2), indices into a plane. Rays turn
+    from ahead to the left; the second half mirrors the first."""
+    angle = 2 * pi * (torch.arange(rays // 2, dtype=torch.float64)[:, None] + 0.5) / rays
     distance = torch.arange(size // 2, dtype=torch.float64) + 0.5  # in cells
     column, row = ((size / 2 + distance * part).floor().long() for part in (angle.cos(), angle.sin()))
-    return row * size + column
+    mirrored = (size - 1 - row) * size + column
+    return torch.cat([row * size + column, mirrored.flip(0)])
 
 
 SEEN = ("robot", "goal", "pedestrians", "count", "grid")
