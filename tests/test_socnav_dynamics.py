@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.socnav import dynamics, environment, starts
+from envs.socnav import dynamics, environment
 from envs.socnav.crowd import Crowd
 from envs.socnav.dynamics import DT, drive, make_robot, wrap
 from envs.socnav.environment import SocNavGrid
@@ -664,29 +664,3 @@ def test_a_robot_that_a_pedestrian_follows_is_followed():
             crowd.step(pose)
             pose[0] += 0.03
         assert np.hypot(*((crowd.position[:, 0, 0] - pose[:2, 0]).numpy() - offset)) < 0.5
-
-
-# Starts of training
-
-
-@pytest.mark.parametrize("name", ["classic_merging_medium", "francis2023_frontal_approach", "classic_doorway_low"])
-def test_ways_of_training_bend_and_keep_off_the_walls(name):
-    """Waypoints of the file stay, in their order or the other way round; those between them are new."""
-    scenario, bent = load_scenarios()[name], 0
-    x0, y0, x1, y1 = scenario.rectangles().T
-    for k in range(60):
-        route = starts.Start(scenario, np.random.default_rng(k), pedestrians=False, varied=True).route
-        via = [tuple(p) for p in route[1:-1].tolist()]
-        authored = [p for p in via if p in scenario.via]
-        left = len(scenario.via) - len(authored)  # behind a robot that starts on the way
-        assert authored in ([*scenario.via][left:], [*scenario.via[::-1]][left:])
-        bent += len(via) > len(authored)
-        for i, p in enumerate(via, start=1):
-            if p not in scenario.via:
-                way = np.concatenate([np.linspace(*route[k : k + 2], 200) for k in (i - 1, i)])
-                x, y = way.T[:, :, None]
-                distance = np.hypot(x - x.clip(x0, x1), y - y.clip(y0, y1))
-                assert distance.min() > starts.CLEAR - 0.02  # they are looked at every 0.3 m
-    assert 12 < bent < 60
-    authored = starts.Start(scenario, np.random.default_rng(0), pedestrians=False, varied=False).route
-    assert [tuple(p) for p in authored[1:-1].tolist()] == list(scenario.via)

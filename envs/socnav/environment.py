@@ -104,8 +104,8 @@ class SocNavGrid(BatchEnv):
     Args:
         training: False: every scenario as it was authored, in turn (episode i plays scenario i modulo their number),
             rewarded with `simple`; True: scenarios at random, also mirrored, scaled, with boxes and gates beside the
-            way; the robot may start anywhere on its route, drive it the other way round or with more bends, and look
-            off it, and up to four more pedestrians cross its way or stand in it.
+            way; the robot may start anywhere on its route, drive it the other way round and look off it, and up to four
+            more pedestrians cross its way or stand in it.
         scenario: only this one.
         robot: differential or bicycle; allow_backwards: whether it may; robot_radius: m.
         training_margin: m by which the hull is larger in training, so that the policy learns to keep clear.

@@ -19,11 +19,6 @@ SPEED_CAP = 1.3  # times the nominal speed is what a pedestrian wants to walk, a
 GROUP_SIZES = np.array([1.0, 0.3, 0.09]) / 1.39  # how often one, two and three walk together
 SPREAD = 0.75  # m, standard deviation of the members of a group around its anchor, cut off at twice as much
 TURNED = 0.6  # rad, how far a robot in training may look away from its route at the start
-BENDS, BEND = (
-    0.5,
-    0.7,
-)  # how often a leg of its route has one more waypoint in training; m, standard deviation, beside it
-LONG, CLEAR = 4.0, 0.75  # m of a leg, at least, that this befalls, and from the walls
 PASSERS_BY = (0.4, 0.2, 0.2, 0.1, 0.1)  # how often there are 0, 1, ... more pedestrians in training
 STANDING = 0.3  # how many of those stand in the way
 PASSING = 1.9  # m from the walls, so that a robot can pass them
@@ -69,21 +64,6 @@ class Start:
         beside = [one.role in ("follow", "lead", "accompany") for one in scenario.pedestrians]
         if not any(taken) and not any(beside):
             self.route = np.vstack([begin, route[passed + 1 :]])
-        self._bend()
-
-    def _bend(self) -> None:
-        """For training: waypoints beside the way, since a way that leads through the middle of all doors and lanes
-        teaches to follow it, and not to look where the walls are."""
-        for k in range(len(self.route) - 1, 0, -1):
-            a, b = self.route[k - 1 : k + 1]
-            place = a + self.rng.uniform(0.2, 0.8) * (b - a) + self.rng.normal(0, BEND, 2)
-            bends = np.hypot(*(b - a)) > LONG and self.rng.random() < BENDS
-            if bends and self._clear(a, place) and self._clear(place, b):
-                self.route = np.insert(self.route, k, place, axis=0)
-
-    def _clear(self, a: np.ndarray, b: np.ndarray) -> bool:
-        """Whether the straight way from a to b keeps off the walls."""
-        return self.off_walls(np.linspace(a, b, int(np.hypot(*(b - a)) / 0.3) + 2)) > CLEAR
 
     def _passers_by(self) -> None:
         """For training: some more pedestrians, who cross the robot's route or stand in its way."""
