@@ -692,6 +692,7 @@ def test_an_empty_map_shows_nobody():
         ({"grid_size": 31}, "grid_size must be even and at least 2, not 31"),
         ({"grid_size": 0}, "grid_size must be even and at least 2, not 0"),
         ({"grid_size": 20_000}, "take .* GiB in each step; choose a smaller grid_size"),
+        ({"grid_size": 4096}, "24 grids of 4096 x 4096 cells take .* GiB in each step; choose a smaller grid_size"),
         ({"grid_resolution": 0.0}, "grid_resolution must be above 0"),
         ({"grid_resolution": -0.5}, "grid_resolution must be above 0"),
         ({"crowd_density": 0.0}, "crowd_density must be above 0 .*pedestrians False empties a map"),

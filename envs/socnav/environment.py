@@ -32,6 +32,7 @@ NEAREST = 64  # pedestrians in an observation
 REMAINING = 100.0  # m of route that a `remaining` of 1 stands for
 STARTS = {"train": 10, "validation": 64, "test": 256}  # of each scenario, or variant of one
 LARGEST_GRID = 2**30  # bytes
+EVALUATED = 24  # grids that must fit in any case: as many as an evaluation has, lest a run find out at its first one
 
 
 @functools.lru_cache(maxsize=8)
@@ -406,8 +407,9 @@ def check(
         raise ValueError(f"grid_size must be even and at least 2, not {size}")
     if not resolution > 0:
         raise ValueError(f"grid_resolution must be above 0 m, not {resolution}")
-    if (needed := max(num_envs, 1) * len(channels) * size**2 * 4) > LARGEST_GRID:
-        asked = f"{num_envs} grids of {size} x {size} cells take {needed / 2**30:.1f} GiB in each step"
+    rows = max(num_envs, EVALUATED)
+    if (needed := rows * len(channels) * size**2 * 4) > LARGEST_GRID:
+        asked = f"{rows} grids of {size} x {size} cells take {needed / 2**30:.1f} GiB in each step"
         raise ValueError(f"{asked}; choose a smaller grid_size or fewer environments")
     if not 0 < radius <= 2:
         raise ValueError(f"robot_radius must be above 0 and at most 2 m, not {radius}")
