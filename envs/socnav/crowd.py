@@ -34,6 +34,13 @@ def pick(values: Tensor, index: Tensor) -> Tensor:
     return values.index_select(-1, index)
 
 
+def enumerated(count: Tensor) -> tuple[Tensor, Tensor]:
+    """For counts (n,) of items: of which of the n each item is, and its number there from 0: (sum(count),) each."""
+    owner = torch.arange(len(count), device=count.device).repeat_interleave(count)
+    before = count.cumsum(0) - count
+    return owner, torch.arange(len(owner), device=count.device) - before[owner]
+
+
 class Crowd:
     """The pedestrians of N rows, P slots each.
 
@@ -74,23 +81,20 @@ class Crowd:
         """List who is there, which only changes with the starts: all forces are computed for these alone.
 
         M pedestrians: slot n * P + p of each (who), its row, what it is; K pairs of them that share a row."""
-        n, slots = self.way.shape
-        world, device = self.world, self.start.device
-        present = torch.arange(slots, device=device) < world.count[self.start][:, None]
-        self.who = present.flatten().nonzero().squeeze(1)
-        self.row = self.who // slots
-        self.entry = self.start[self.row] * slots + self.who % slots  # its place in the world's tables
+        world, slots = self.world, self.world.slots
+        count = world.count[self.start]  # of those in a row, who have its first slots
+        self.row, slot = enumerated(count)
+        self.who = self.row * slots + slot
+        self.entry = self.start[self.row] * slots + slot  # its place in the world's tables
         people = world.pedestrians
         for name in ("speed", "arrives", "end", "last", "role"):
             setattr(self, name, pick(people[name].flatten(), self.entry))
         self.offset, self.respawn = (pick(people[name].flatten(1), self.entry) for name in ("offset", "respawn"))
         self.group = self.row * slots + pick(people["group"].flatten(), self.entry)
-        self.rectangles = world.rectangles[:, world.map[self.start]][:, self.row]
-        others = present[:, :, None] & present[:, None, :] & ~torch.eye(slots, dtype=torch.bool, device=device)
-        place = torch.zeros(n * slots, dtype=torch.int64, device=device)
-        place[self.who] = torch.arange(len(self.who), device=device)
-        row, one, other = others.nonzero().unbind(1)
-        self.one, self.other = place[row * slots + one], place[row * slots + other]
+        self.rectangles = world.rectangles.index_select(1, world.map[self.start[self.row]])
+        self.one, k = enumerated(count[self.row] - 1)  # each with all others of its row
+        self.other = k + (self.one - slot[self.one])
+        self.other += self.other >= self.one
         self.escorts = (self.role >= ESCORTS[0]) & (self.role <= ESCORTS[-1])
         self.walks = (self.last >= 0) & ~self.escorts
         self.has_roles = bool((self.role > 0).any())
