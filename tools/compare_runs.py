@@ -55,6 +55,10 @@ def table(runs: list[dict]) -> str:
         "test return": lambda run: run["test"]["mean_return"],
         "total_cost": lambda run: run["test"]["metrics"]["total_cost"],
         "median": lambda run: float(np.median([episode["total_cost"] for episode in run["test"]["per_episode"]])),
+        "contact": lambda run: sum(run["test"]["metrics"][f"{what}_collision"] for what in ("pedestrian", "obstacle")),
+        "time-outs": lambda run: run["test"]["metrics"]["timeout"],
+        "SNQI": lambda run: run["test"]["metrics"]["snqi"],
+        "converged at": lambda run: run["summary"]["converged_at_step"],
         "yaw error": lambda run: run["test"]["metrics"]["yaw_error"],
         "base yaw error": lambda run: run["test"]["base"]["metrics"]["yaw_error"],
         # that of a resumed run is of its last part only
