@@ -128,7 +128,7 @@ TRAINING = {
     "--env-kwargs grid_size 63": r"grid_size must be even and at least 2, not 63",
     "--env-kwargs grid_size 0": r"grid_size must be even and at least 2, not 0",
     "--env-kwargs grid_size 8192 --num-envs 64 --total-timesteps 1024": (
-        r"64 grids of 8192 x 8192 cells take .* GiB.*; choose a smaller"
+        r"24 grids of 8192 x 8192 cells take .* GiB.*; choose a smaller"
     ),
     "--env-kwargs grid_resolution 0": r"grid_resolution must be above 0 m, not 0",
     "--grid-encoder cnn --env-kwargs grid_channels combined": r"grid_channels",
