@@ -94,7 +94,7 @@ def parse(
         # A scripted controller plays the task as it is, without the arguments that are tuned for learning
         source, values, forget = "tuned settings", {}, (*NOT_INHERITED, *(["env_kwargs"] if playing else []))
     choice = [name for name, p in inspect.signature(tuned).parameters.items() if p.kind != p.VAR_KEYWORD]
-    if playing and not is_policy_path(chosen.evaluate):
+    if playing and not is_policy_path(chosen.evaluate):  # what it does not use is refused below
         choice = [name for name in choice if name in USED_BY_EVALUATE]
     row = tuned(**{name: values.get(name, getattr(chosen, name)) for name in choice})
     values = {**asdict(row), **values}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import envs
 from envs import run
-from envs.rollout import rollout, scripted
+from envs.rollout import ROWS, rollout, scripted
 from envs.run import UserError
 from envs.socnav import GOAL_RANGE, PEDESTRIAN_RANGE, environment, metrics
 from envs.socnav.controllers import Pursuit
@@ -468,6 +468,7 @@ def test_each_reward_by_hand(reward, expected, tmp_path):
 def test_what_contacts_and_the_goal_are_worth(reward, contact, goal):
     weights = metrics.reward_weights(reward, None, metrics.load_snqi(None), 500)
     assert (weights["pedestrian_contact"], weights["obstacle_contact"], weights["goal"]) == (*contact, goal)
+    assert weights.get("stagnation", 0) == (-0.05 if reward == "route_completion" else 0)
 
 
 def test_weights_from_a_file(tmp_path):
@@ -711,6 +712,10 @@ def test_mistakes_are_explained_in_one_line(arguments, message):
     with pytest.raises(UserError, match=message) as error:
         envs.make_vec("SocNavGrid-v0", 1, **arguments)
     assert "\n" not in str(error.value)
+
+
+def test_a_grid_must_fit_the_rows_of_an_evaluation():
+    assert environment.EVALUATED == ROWS
 
 
 def test_a_crowd_that_does_not_fit_is_refused(monkeypatch):
