@@ -3,11 +3,19 @@
     python tools/compare_runs.py runs/<run> runs/<run> ...
     python tools/compare_runs.py runs/<run> ... --png curves.png          needs pip install -e ".[plots]"
 
+Or weigh runs that began from a clone against runs from scratch: what both reached, and how many steps they took.
+
+    python tools/compare_runs.py --baseline runs/<run> ... --pretrained runs/<run> ... \\
+        --criterion mean_return 86 success_rate 0.99 --group ballbot      writes runs/comparisons/ballbot.{json,md,png}
+
+A run has converged at the first of `--window` validation evaluations in a row that meet the criterion. One that never
+does has taken more than its budget: it stays in the mean with its budget, which is then a bound and marked as such.
+
 A run's test figures are those of `--evaluate runs/<run> --json runs/<run>/test.json`.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +24,28 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from envs.command import command_line
-from envs.run import UserError, read_json, read_jsonl, read_progress
+from envs.rollout import LOWER_IS_BETTER
+from envs.run import UserError, read_json, read_jsonl, read_progress, write_json, write_whole
+
+RESAMPLES = 10_000  # of a bootstrap
 
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    """run directories"""
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """run directories to show, without a comparison"""
+    baseline: tuple[str, ...] = ()
+    """runs from scratch, one for each seed"""
+    pretrained: tuple[str, ...] = ()
+    """runs that began from a clone"""
+    criterion: dict[str, float] = field(default_factory=dict)
+    """METRIC BOUND ... that an evaluation must meet to count: at least, or at most where less is better"""
+    window: int = 3
+    """evaluations in a row that must meet it"""
+    group: str | None = None
+    """name of the comparison: its report goes to <run-root>/comparisons/NAME.json, .md and .png"""
+    run_root: str = "runs"
+    """directory that holds comparisons/"""
     png: str | None = None
     """where to draw the learning curves, over the steps that all runs have: mean, shaded from lowest to highest"""
     training: bool = True
@@ -96,33 +119,194 @@ def origin(runs: list[dict]) -> str:
     return text + (f" (not the same for {len(differ)} of {len(runs)} runs)" if differ else "")
 
 
-def draw(runs: list[dict], path: str, with_training: bool) -> None:
-    """Success where there is one, return and episode length over steps."""
+# Against scratch
+
+
+def meets(evaluation: dict, criterion: dict[str, float]) -> bool:
+    """Whether an evaluation keeps all bounds.
+
+    Raises:
+        UserError: it has no such figure.
+    """
+    figures = {**evaluation, **evaluation["metrics"]}
+    for name, bound in criterion.items():
+        if not isinstance(figures.get(name), int | float):
+            known = ", ".join(k for k, x in figures.items() if isinstance(x, int | float))
+            raise UserError(f"--criterion {name}: evaluations have no such figure; there are {known}")
+        if figures[name] > bound if name in LOWER_IS_BETTER else figures[name] < bound:
+            return False
+    return True
+
+
+def converged_at(run: dict, criterion: dict[str, float], window: int) -> int | None:
+    """The step of the first of `window` evaluations in a row that meet the criterion; None without."""
+    row: list[int] = []
+    for evaluation in run["evaluations"]:
+        row = [*row, evaluation["step"]] if meets(evaluation, criterion) else []
+        if len(row) == window:
+            return row[0]
+    return None
+
+
+def interval(resampled: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of a bootstrap."""
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def resampled_means(values: list[float], seed: int) -> np.ndarray:
+    """Means of RESAMPLES samples of the same size, drawn with replacement."""
+    values = np.asarray(values, float)
+    return values[np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
+
+
+def charges(run: dict) -> tuple[int, int]:
+    """Steps that a fine-tuned run owes: of the demonstrations of its clone, and of its expert's training.
+
+    Raises:
+        UserError: its config.json does not say where it came from.
+    """
+    demonstrations = [
+        dataset["config"]
+        for clone in run["config"]["parents"].values()
+        for path, dataset in ((clone["config"] or {}).get("parents") or {}).items()
+        if path.endswith(".npz") and dataset["config"]
+    ]
+    if not demonstrations:
+        raise UserError(
+            f"{run['summary']['run']}: no clone among its parents; --pretrained is for runs that began from one"
+        )
+    expert = [parent.get("steps") or 0 for made in demonstrations for parent in made.get("parents", {}).values()]
+    return sum(made["steps"] for made in demonstrations), sum(expert)
+
+
+def arm(runs: list[dict], criterion: dict[str, float], window: int) -> dict:
+    """Where each run of an arm converged, and the steps it is charged: its budget where it never did."""
+    reached = [converged_at(run, criterion, window) for run in runs]
+    budget = [run["summary"]["steps"] for run in runs]
+    steps = [most if at is None else at for at, most in zip(reached, budget)]
+    names = [run["summary"]["run"] for run in runs]
+    return {"runs": names, "converged_at": reached, "budget": budget, "steps": steps, "censored": reached.count(None)}
+
+
+def ratio(baseline: dict, pretrained: dict, extra: int) -> dict:
+    """Mean steps of the pretrained runs, each with `extra` on top, as a share of the baseline's, and its 95 % interval.
+
+    bound: "<=" if a baseline never converged, so that it would have taken longer; ">=" if a pretrained run did not;
+    "?" if both."""
+    ours, theirs = [steps + extra for steps in pretrained["steps"]], baseline["steps"]
+    low, high = interval(resampled_means(ours, 1) / resampled_means(theirs, 2))
+    bound = {(0, 0): "=", (1, 0): "<=", (0, 1): ">=", (1, 1): "?"}[
+        bool(baseline["censored"]), bool(pretrained["censored"])
+    ]
+    return {"value": float(np.mean(ours) / np.mean(theirs)), "low": low, "high": high, "bound": bound}
+
+
+def finals(runs: list[dict]) -> dict[str, dict]:
+    """{figure: mean over the runs with its 95 % interval} of their tests, or else of their best validation."""
+    tested = all(run["test"] is not None for run in runs)
+    results = [run["test"] if tested else run["summary"]["best"] for run in runs]
+    found = {}
+    for name in ("success_rate", "failure_rate", "mean_return", "mean_length", *results[0]["metrics"]):
+        values = [{**result, **result["metrics"]}[name] for result in results]
+        if None not in values:
+            low, high = interval(resampled_means(values, 3))
+            found[name] = {"mean": float(np.mean(values)), "low": low, "high": high, "each": values}
+    return {"of": "test" if tested else "validation", "figures": found}
+
+
+def compare(baseline: list[dict], pretrained: list[dict], args: Args) -> dict:
+    """What the report says of two arms."""
+    arms = {
+        name: arm(runs, args.criterion, args.window)
+        for name, runs in (("baseline", baseline), ("pretrained", pretrained))
+    }
+    owed = [charges(run) for run in pretrained]
+    demonstrations, expert = (float(np.mean(x)) for x in zip(*owed))
+    extra = {"fine_tuning": 0, "with_demonstrations": demonstrations, "with_expert": demonstrations + expert}
+    return {
+        "group": args.group,
+        "criterion": args.criterion,
+        "window": args.window,
+        **arms,
+        "demonstration_steps": demonstrations,
+        "expert_steps": expert,
+        "ratio": {name: ratio(arms["baseline"], arms["pretrained"], steps) for name, steps in extra.items()},
+        "final": {"baseline": finals(baseline), "pretrained": finals(pretrained)},
+    }
+
+
+def describe(found: dict) -> str:
+    """The comparison in Markdown."""
+    wanted = ", ".join(
+        f"{name} {'<=' if name in LOWER_IS_BETTER else '>='} {bound:g}" for name, bound in found["criterion"].items()
+    )
+    lines = [f"Criterion: {wanted}, in {found['window']} evaluations in a row.", ""]
+    lines += ["| arm | steps to the criterion, each run | mean | never |", "| --- | --- | --- | --- |"]
+    for name in ("baseline", "pretrained"):
+        one = found[name]
+        each = [f"{at:,}" if at is not None else f"> {most:,}" for at, most in zip(one["converged_at"], one["budget"])]
+        mean = f"{'>= ' if one['censored'] else ''}{np.mean(one['steps']):,.0f}"
+        lines.append(f"| {name} | {', '.join(each)} | {mean} | {one['censored']} of {len(each)} |")
+    lines += [
+        "",
+        "| steps of the pretrained arm as a share of the baseline's | ratio | 95 % interval |",
+        "| --- | --- | --- |",
+    ]
+    labels = {
+        "fine_tuning": "fine-tuning alone",
+        "with_demonstrations": f"with {found['demonstration_steps']:,.0f} steps of demonstrations",
+        "with_expert": f"and with {found['expert_steps']:,.0f} steps of the expert's training",
+    }
+    for name, label in labels.items():
+        one = found["ratio"][name]
+        sign = "" if one["bound"] == "=" else f"{one['bound']} "
+        lines.append(f"| {label} | {sign}{one['value']:.2f} | {one['low']:.2f} to {one['high']:.2f} |")
+    finals_of = found["final"]
+    lines += ["", f"| final ({finals_of['baseline']['of']}) | baseline | pretrained |", "| --- | --- | --- |"]
+    for name in finals_of["baseline"]["figures"]:
+        cells = []
+        for which in ("baseline", "pretrained"):
+            one = finals_of[which]["figures"].get(name)
+            cells.append("-" if one is None else f"{one['mean']:.4g} ({one['low']:.4g} to {one['high']:.4g})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(groups: dict[str, list[dict]], path: Path, with_training: bool) -> None:
+    """Success where there is one, return and episode length over steps: a curve for each group of runs, its mean over
+    them, shaded from lowest to highest."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        raise UserError('--png needs matplotlib: pip install -e ".[plots]"') from None
+        raise UserError('a picture needs matplotlib: pip install -e ".[plots]"') from None
     panels = (
         ("success", "rollout/success_rate_100", "success_rate"),
         ("return", "rollout/ep_reward", "mean_return"),
         ("episode length (steps)", "rollout/ep_length", "mean_length"),
     )
+    every = [run for runs in groups.values() for run in runs]
     panels = [  # those in which there is something to see
-        panel for panel in panels if len({row[panel[2]] for run in runs for row in run["evaluations"]}) > 1
+        panel for panel in panels if len({row[panel[2]] for run in every for row in run["evaluations"]}) > 1
     ]
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained", squeeze=False)
     for axis, (title, scalar, name) in zip(axes[0], panels):
-        training = [{int(row["step"]): float(row[scalar]) for row in run["progress"] if row[scalar]} for run in runs]
-        evaluation = [{row["step"]: row[name] for row in run["evaluations"]} for run in runs]
-        shown = [(evaluation, "evaluation", "tab:blue")]
-        if with_training:
-            shown.insert(0, (training, "training", "tab:grey"))
+        shown = []
+        for group, colour in zip(groups, ("tab:blue", "tab:orange")):
+            training = [
+                {int(row["step"]): float(row[scalar]) for row in run["progress"] if row[scalar]}
+                for run in groups[group]
+            ]
+            evaluation = [{row["step"]: row[name] for row in run["evaluations"]} for run in groups[group]]
+            if with_training:
+                shown.append((training, "training", "tab:grey"))
+            shown.append((evaluation, group, colour))
         for curves, label, colour in shown:
             steps = sorted(set.intersection(*(set(curve) for curve in curves)))
             if not steps:  # nothing that all runs have
                 continue
             values = np.array([[curve[step] for step in steps] for curve in curves])
-            axis.plot(steps, values.mean(0), color=colour, label=label, marker="o" if label == "evaluation" else None)
+            axis.plot(steps, values.mean(0), color=colour, label=label, marker=None if label == "training" else "o")
             axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
         axis.set(title=title, xlabel="environment steps")
         axis.xaxis.set_major_formatter("{x:,.0f}")
@@ -134,15 +318,42 @@ def draw(runs: list[dict], path: str, with_training: bool) -> None:
     figure.savefig(path, dpi=100)
 
 
+def check(args: Args) -> None:
+    """Raises UserError for what does not go together."""
+    arms = bool(args.baseline) + bool(args.pretrained)
+    if arms == 1 or bool(args.runs) == bool(arms):
+        raise UserError("name run directories, or those of both --baseline and --pretrained")
+    if args.group is not None and not arms:
+        raise UserError("--group names a comparison of --baseline and --pretrained; leave it out")
+    if arms and not args.criterion:
+        raise UserError("say what counts as converged: --criterion METRIC BOUND, such as success_rate 0.9")
+    if args.window < 1:
+        raise UserError(f"--window must be at least 1, not {args.window}")
+
+
 def main() -> None:
     with command_line():
         args = tyro.cli(Args, description=__doc__)
-        if not args.runs:
-            raise UserError("name at least one run directory")
-        runs = [read_run(path) for path in args.runs]
-        print(f"{table(runs)}\n\n{origin(runs)}")
+        check(args)
+        if args.runs:
+            runs = [read_run(path) for path in args.runs]
+            print(f"{table(runs)}\n\n{origin(runs)}")
+            if args.png is not None:
+                draw({"evaluation": runs}, Path(args.png), args.training)
+            return
+        baseline, pretrained = ([read_run(path) for path in paths] for paths in (args.baseline, args.pretrained))
+        found = compare(baseline, pretrained, args)
+        text = f"{describe(found)}\n\n{origin([*baseline, *pretrained])}"
+        print(text)
+        arms = {"from scratch": baseline, "from the clone": pretrained}
         if args.png is not None:
-            draw(runs, args.png, args.training)
+            draw(arms, Path(args.png), with_training=False)
+        if args.group is not None:
+            folder = Path(args.run_root) / "comparisons"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / f"{args.group}.json", found)
+            write_whole(folder / f"{args.group}.md", f"# {args.group}\n\n{text}\n".encode())
+            draw(arms, folder / f"{args.group}.png", with_training=False)
 
 
 if __name__ == "__main__":
