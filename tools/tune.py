@@ -133,8 +133,10 @@ def require_settings(sweep: Sweep, path: str) -> None:
             raise UserError(f"{path}: space.{name} must have choices, or low and high and perhaps log or step")
         if "choices" in space and not (isinstance(space["choices"], list) and space["choices"]):
             raise UserError(f"{path}: space.{name}.choices must be a list of values")
-        if "low" in space and not space["low"] < space["high"]:
-            raise UserError(f"{path}: space.{name} must have low below high")
+        ends = [space[end] for end in ("low", "high", "step") if end in space]
+        numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
+        if not numbers or (ends and not ends[0] < ends[1]):
+            raise UserError(f"{path}: space.{name} must have numbers, low below high")
     types = {f.name: f.type for f in fields(known)}
     values = [(name, value) for name, value in sweep.args.items()]
     for name, space in sweep.space.items():
