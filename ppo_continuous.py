@@ -238,14 +238,18 @@ class Agent(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """The deployed policy: the most likely action, inside the environment's bounds."""
-        return self.bounded(self.actor(self.normalizer(obs)))
+        return self.bounded(self.mean(obs))
+
+    def mean(self, obs: Tensor) -> Tensor:
+        """The middle of the Gaussian (..., action_dim)."""
+        return self.actor(self.normalizer(obs))
 
     def bounded(self, action: Tensor) -> Tensor:
         """The Gaussian's own units, where [-1, 1] is the whole range, to the environment's, inside its bounds."""
         return self.center + self.scale * action.clamp(-1, 1)
 
     def sample(self, obs: Tensor) -> Tensor:
-        mean = self.actor(self.normalizer(obs))
+        mean = self.mean(obs)
         return mean + self.log_std.exp() * torch.randn_like(mean)
 
     def value(self, obs: Tensor) -> Tensor:

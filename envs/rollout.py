@@ -39,13 +39,15 @@ ROWS = 24  # environments that an evaluation steps together; more would stand id
 
 
 def rollout(
-    policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callable | None = None, first: int = 0
-) -> list[dict]:
+    policy: Policy, vec: Any, episodes: int, seed: int, on_step: Callable | None = None, first: int = 0,
+    on_episode: Callable | None = None,
+) -> list[dict]:  # fmt: skip
     """Play `episodes` episodes, numbered from `first` on, in the rows of the vector environment `vec`.
 
     Episode i starts from SeedSequence([seed, i]) whatever row it is played in, so it has the same start and the same
     random draws however many rows there are. on_step(playing, reward, done) is called after every step, each (N,):
-    the episode that a row played, what it got, whether it ended.
+    the episode that a row played, what it got, whether it ended. on_episode(number, result) is called after the last
+    step of each.
 
     Returns:
         One dict an episode: return, length, success (None where the task has none) and the task's own metrics.
@@ -74,8 +76,10 @@ def rollout(
             continue
         for i in np.flatnonzero(done):
             if playing[i] < last:
-                results[playing[i] - first] = episode_result(info, i)
+                results[playing[i] - first] = result = episode_result(info, i)
                 missing -= 1
+                if on_episode is not None:
+                    on_episode(int(playing[i]), result)
         playing = playing.copy()
         playing[done] = started + np.arange(done.sum())
         started += done.sum()

@@ -233,31 +233,9 @@ def plain(x: Any) -> Any:
     return x.item() if isinstance(x, np.generic) else x
 
 
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Arrays by name, compressed; the directory is made if there is none."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, buffer.getvalue())
-
-
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """What write_npz wrote; nothing in the file is executed.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; record it with collect, or name another") from None
-    except Exception as error:  # zipfile's, numpy's and zlib's exceptions have no common base
-        raise UserError(f"{path}: damaged or not an .npz file; record it anew") from error
-
-
 def sha256(path: Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def load(path: Path) -> dict:
@@ -635,10 +613,17 @@ def parents(args: Any) -> dict[str, dict]:
     files += [dataset_file(args)] if hasattr(args, "dataset") else []
     files += [Path(part) for part in getattr(args, "base_policy", "").split(":") if part.endswith(".onnx")]
     files += [Path(value) for value in args.env_kwargs.values() if isinstance(value, str) and Path(value).is_file()]
-    configs = [file.parent / "config.json" for file in files]
+    return {str(file): lineage(file) for file in files}
+
+
+def lineage(file: Path) -> dict[str, Any]:
+    """Where a file is from: its sha256, what its run or its manifest says of itself, and the steps of that run."""
+    about = file.with_suffix(".json") if file.suffix == ".npz" else file.parent / "config.json"
+    summary = file.parent / "summary.json"
     return {
-        str(file): {"sha256": sha256(file), "config": read_json(config) if config.exists() else None}
-        for file, config in zip(files, configs)
+        "sha256": sha256(file),
+        "config": read_json(about) if about.exists() else None,
+        "steps": read_json(summary).get("steps") if summary.exists() else None,
     }
 
 

@@ -63,7 +63,7 @@ def test_every_field_has_its_help_text_below_it(path):
 
 def test_the_classes_of_settings_are_found():
     found = {path.stem: [node.name for node in args_classes(path)] for path in SCRIPTS}
-    assert found.pop("bc_pretrain") == ["CollectArgs", "Args"]
+    assert found.pop("bc_pretrain") == ["CollectArgs", "ValidateArgs", "InspectArgs", "Args"]
     assert set(map(tuple, found.values())) == {("Args",)}
     assert {"ppo_continuous", "ppo_residual"} <= set(PPO)
 

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 import bc_pretrain as bc
 import envs
 import ppo_continuous
+import ppo_grid_socnav
+import ppo_residual
 from envs import rollout, run
 from envs.batch_env import BatchEnv
 from envs.lateral import FeedForward, LateralControl
@@ -76,8 +78,20 @@ def collect_home(root, **changes):
     return bc.CollectArgs(**{**settings, "action_noise": 0.25, "run_root": root, **changes})
 
 
+def arrays_of(file):
+    with np.load(file, allow_pickle=False) as content:
+        return dict(content)
+
+
+def rewrite(file, arrays):
+    """Other arrays, and a manifest that says that these are the ones."""
+    np.savez(file, **arrays)
+    manifest = json.loads(file.with_suffix(".json").read_text())
+    file.with_suffix(".json").write_text(json.dumps({**manifest, "sha256": run.sha256(file)}))
+
+
 def read(root, name):
-    arrays = run.read_npz(run.dataset_file(bc.Args(name, run_root=root)))
+    arrays = arrays_of(run.dataset_file(bc.Args(name, run_root=root)))
     episodes = [slice(*ends) for ends in zip(arrays["start"], arrays["start"][1:])]
     return arrays, episodes
 
@@ -195,7 +209,8 @@ def test_the_manifest_says_where_they_are_from(tmp_path, policy):
     assert manifest["metrics"]["total_cost"] > 0
     with np.load(file, allow_pickle=False) as arrays:
         assert {name: arrays[name].dtype.kind for name in arrays} == {
-            "obs": "f", "action": "f", "reward": "f", "start": "i", "returns": "f", "successes": "b",
+            "obs": "f", "action": "f", "played": "f", "reward": "f", "start": "i", "seed": "i", "returns": "f",
+            "successes": "b",
         }  # fmt: skip
 
 
@@ -249,7 +264,7 @@ def test_shares_are_equal_and_add_up(total, parts):
 
 def damage(file, how):
     """Leaves the demonstrations in a state that cannot be trained on."""
-    arrays, manifest = run.read_npz(file), json.loads(file.with_suffix(".json").read_text())
+    arrays, manifest = arrays_of(file), json.loads(file.with_suffix(".json").read_text())
     content = file.read_bytes()
     if how == "missing":
         file.unlink()
@@ -265,21 +280,32 @@ def damage(file, how):
     elif how == "objects":
         np.savez(file, **{**arrays, "obs": np.array([{"a": 1}, None], dtype=object)})
     elif how == "no action":
-        np.savez(file, **{name: array for name, array in arrays.items() if name != "action"})
+        rewrite(file, {name: array for name, array in arrays.items() if name != "action"})
     elif how == "too few actions":
-        np.savez(file, **{**arrays, "action": arrays["action"][:-1]})
+        rewrite(file, {**arrays, "action": arrays["action"][:-1]})
     elif how == "flat observations":
-        np.savez(file, **{**arrays, "obs": arrays["obs"][:, 0]})
+        rewrite(file, {**arrays, "obs": arrays["obs"][:, 0]})
     elif how == "starts not in order":
-        np.savez(file, **{**arrays, "start": arrays["start"][[0, 2, 1, *range(3, len(arrays["start"]))]]})
+        rewrite(file, {**arrays, "start": arrays["start"][[0, 2, 1, *range(3, len(arrays["start"]))]]})
     elif how == "starts beyond the end":
-        np.savez(file, **{**arrays, "start": arrays["start"] + 1})
+        rewrite(file, {**arrays, "start": arrays["start"] + 1})
     elif how == "nan":
         arrays["obs"][7] = np.nan
-        np.savez(file, **arrays)
+        rewrite(file, arrays)
     elif how == "infinite action":
         arrays["action"][7] = np.inf
-        np.savez(file, **arrays)
+        rewrite(file, arrays)
+    elif how == "another recording":
+        np.savez(file, **{**arrays, "action": arrays["action"] / 2})
+    elif how == "quarantined":
+        file.with_suffix(".json").write_text(json.dumps({**manifest, "quality": "quarantined"}))
+    elif how == "one episode":
+        end = arrays["start"][1]
+        steps = {name: arrays[name][:end] for name in ("obs", "action", "played", "reward")}
+        episodes = {name: arrays[name][:1] for name in ("seed", "returns", "successes")}
+        rewrite(file, {**steps, **episodes, "start": arrays["start"][:2]})
+    elif how == "empty episodes":
+        rewrite(file, {name: array[:0] for name, array in arrays.items()} | {"start": np.zeros(1, int)})
     elif how == "no manifest":
         file.with_suffix(".json").unlink()
     elif how == "manifest not json":
@@ -304,8 +330,12 @@ DAMAGES = {
     "flat observations": r"home\.npz: its arrays do not fit together",
     "starts not in order": r"home\.npz: its arrays do not fit together",
     "starts beyond the end": r"home\.npz: its arrays do not fit together",
-    "nan": r"home\.npz: its arrays .*not finite; record them anew",
-    "infinite action": r"home\.npz: its arrays .*not finite; record them anew",
+    "another recording": r"home\.npz: something is wrong with it, and validate says what; record it anew",
+    "quarantined": r"home\.npz: something is wrong with it, and validate says what",
+    "one episode": r"home\.npz: one episode is too few",
+    "empty episodes": r"home\.npz: its arrays do not fit together",
+    "nan": r"home\.npz: something is wrong with it, and validate says what",
+    "infinite action": r"home\.npz: something is wrong with it, and validate says what",
     "no manifest": r"home\.json: no such file",
     "manifest not json": r"home\.json: not JSON",
     "manifest a list": r"home\.json: must hold one JSON object",
@@ -340,6 +370,8 @@ def test_damaged_demonstrations(root, tmp_path, how):
         ({"validation_share": 1.0}, "--validation.share"),
         ({"weight_decay": -1.0}, "--weight.decay"),
         ({"hidden_sizes": (0,)}, "--hidden.sizes"),
+        ({"rays": 3}, "--rays"),
+        ({"gamma": 1.5}, "--gamma"),
         ({"seed": -1}, "--seed"),
         ({"eval_episodes": -1}, "--eval.episodes"),
         ({"eval_episodes": 0}, "--eval-episodes 0 means all there are"),
@@ -400,7 +432,7 @@ def test_either_loss_falls_and_only_nll_learns_the_deviation(loss, norm_obs):
     before = bc.bc_loss(agent, args, obs, action).item()
     optimizer = torch.optim.AdamW(agent.parameters(), lr=3e-3)
     for _ in range(60):
-        bc.fit_epoch(agent, optimizer, args, (obs, action))
+        bc.fit_epoch(agent, optimizer, args, (obs, action, torch.zeros(len(obs))))
     after = bc.bc_loss(agent, args, obs, action).item()
     with torch.no_grad():
         error = (agent.actor(agent.normalizer(obs)) - action).square().mean().sqrt()
@@ -432,7 +464,7 @@ def test_an_epoch_sees_every_pair_once(monkeypatch):
         return agent.log_std.sum()
 
     monkeypatch.setattr(bc, "bc_loss", loss)
-    bc.fit_epoch(agent, torch.optim.AdamW(agent.parameters()), args, (obs, action))
+    bc.fit_epoch(agent, torch.optim.AdamW(agent.parameters()), args, (obs, action, torch.zeros(len(obs))))
     pairs = torch.cat([obs, action], dim=1)
     assert {len(part) for part in seen} == {64}
     assert sorted(torch.cat(seen).tolist()) == sorted(pairs.tolist())
@@ -581,10 +613,18 @@ def test_the_command_line_evaluates_a_clone_with_nothing_but_its_name(clone, mon
     assert "2 episodes" in capsys.readouterr().out
 
 
-def test_a_clone_normalises_as_its_ppo_run():
-    for env_id in {*bc.TUNED, *ppo_continuous.TUNED}:
-        ours = bc.TUNED.get(env_id, {}).get("norm_obs", True)
-        assert ours == ppo_continuous.Args.tuned(env_id).norm_obs, env_id
+@pytest.mark.parametrize("env_id", [*bc.TUNED, *ppo_continuous.TUNED, "SO101Paper-v0"])
+def test_a_clone_has_the_network_of_its_ppo_run(env_id):
+    if env_id == "SocNavGrid-v0":
+        theirs = ppo_grid_socnav.Args.tuned()
+    else:
+        theirs = ppo_residual.Args.tuned() if env_id == "SO101Paper-v0" else ppo_continuous.Args.tuned(env_id)
+    ours = {**bc.UNTUNED, **bc.TUNED.get(env_id, {})}
+    names = ("norm_obs", "hidden_sizes") if "-v5" in env_id else ("norm_obs", "hidden_sizes", "gamma")
+    assert {name: ours[name] for name in names} == {name: getattr(theirs, name) for name in names}
+    assert {name: getattr(bc.Args("x"), name) for name in bc.SIGHT} == {
+        name: getattr(ppo_grid_socnav.Args.tuned(), name) for name in bc.SIGHT
+    }
 
 
 def test_a_mistake_ends_in_one_line(root, monkeypatch, capsys):
