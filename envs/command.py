@@ -150,6 +150,7 @@ def checked(args: Any) -> Any:
         refuse(isinstance(value, float) and not np.isfinite(value), field.name, "a finite number")
     for name in (
         "eval_every",
+        "eval_first",
         "eval_episodes",
         "checkpoint_every",
         "critic_warmup",

@@ -576,8 +576,12 @@ class Run:
         self._log_scalars(step, {**episode_scalars(recent), **scalars, **evaluation_scalars(evaluation)})
         append(self.folder / "episodes.jsonl", "".join(json.dumps(episode) + "\n" for episode in episodes))
         if evaluation is not None:
-            line = {"step": step, **evaluation, "per_episode": None}
-            append(self.folder / "evaluations.jsonl", json.dumps(line) + "\n")
+            self.evaluated(step, evaluation)
+
+    def evaluated(self, step: int, evaluation: dict) -> None:
+        """A line of evaluations.jsonl."""
+        line = {"step": step, **evaluation, "per_episode": None}
+        append(self.folder / "evaluations.jsonl", json.dumps(line) + "\n")
 
     def video(self, step: int) -> Path | None:
         """Where --capture-video records an evaluation."""

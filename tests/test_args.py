@@ -26,9 +26,9 @@ COMMON = [
     "seed", "total_timesteps", "num_envs", "num_steps", "minibatch_size", "update_epochs", "learning_rate",
     "anneal_lr", "gamma", "gae_lambda", "clip_coef", "clip_value", "ent_coef", "vf_coef", "max_grad_norm",
     "target_kl", "norm_obs", "norm_reward", "norm_adv", "init_log_std", "hidden_sizes", "weight_decay",
-    "critic_warmup", "device", "threads", "compile", "deterministic", "eval_every", "eval_episodes", "eval_seed",
-    "checkpoint_every", "run_root", "run_name", "config", "resume", "pretrained", "evaluate", "json", "capture_video",
-    "render", "env_kwargs", "eval_env_kwargs", "track", "dry_run",
+    "critic_warmup", "device", "threads", "compile", "deterministic", "eval_every", "eval_first", "eval_episodes",
+    "eval_seed", "checkpoint_every", "run_root", "run_name", "config", "resume", "pretrained", "evaluate", "json",
+    "capture_video", "render", "env_kwargs", "eval_env_kwargs", "track", "dry_run",
 ]  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import re
 import signal
+from copy import deepcopy
 from dataclasses import asdict, replace
 
 import gymnasium as gym
@@ -18,7 +20,7 @@ import envs
 import ppo_continuous
 import ppo_grid_socnav
 import ppo_residual
-from envs import rollout, run
+from envs import demonstrations, rollout, run
 from envs.batch_env import BatchEnv
 from envs.lateral import FeedForward, LateralControl
 from envs.run import UserError
@@ -214,6 +216,72 @@ def test_the_manifest_says_where_they_are_from(tmp_path, policy):
         }  # fmt: skip
 
 
+def test_what_was_played_is_kept_beside_what_was_meant(tmp_path):
+    bc.collect(collect_home(str(tmp_path), episodes=24))
+    arrays, episodes = read(str(tmp_path), "home")
+    for episode in episodes:
+        moved = np.clip(arrays["played"][episode, 0], -0.05, 0.15)
+        np.testing.assert_allclose(np.diff(arrays["obs"][episode, 0]), moved[:-1], atol=1e-6)
+    assert np.abs(arrays["played"] - arrays["action"]).mean() > 0.01
+
+
+def test_only_successes_are_kept_on_demand(tmp_path):
+    """Far noise makes some episodes run out of time."""
+    noisy = {"action_noise": 1.0, "episodes": 40}
+    bc.collect(collect_home(str(tmp_path), dataset="all", **noisy))
+    bc.collect(collect_home(str(tmp_path), dataset="good", only_successes=True, **noisy))
+    (every, episodes), (good, kept) = read(str(tmp_path), "all"), read(str(tmp_path), "good")
+    succeeded = np.flatnonzero(every["successes"])
+    assert 0 < len(succeeded) < 40
+    assert good["successes"].all()
+    assert good["seed"].tolist() == every["seed"][succeeded].tolist()
+    for ours, theirs in zip(kept, succeeded):
+        assert np.array_equal(good["obs"][ours], every["obs"][episodes[theirs]])
+    manifest = json.loads((tmp_path / "datasets" / "good.json").read_text())
+    assert (manifest["episodes"], manifest["played"], manifest["success_rate"]) == (len(kept), 40, 1.0)
+
+
+def test_an_expert_that_never_succeeds_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="zero succeeded in none of 4 episodes; leave --only-successes out"):
+        bc.collect(collect_home(str(tmp_path), policy="zero", episodes=4, action_noise=0.0, only_successes=True))
+    assert list((tmp_path / "datasets").iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def home_clone(root):
+    """The run of a clone on the home task, without its ONNX file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "export_onnx", lambda agent, obs_dim, path, *about: path.write_bytes(b"onnx"))
+        return bc.train(settings_of(root, epochs=5, learning_rate=1e-2, run_name="home_clone"))["run"]
+
+
+def test_a_policy_file_is_an_expert_and_a_parent(home_clone, tmp_path):
+    args = collect_home(str(tmp_path), policy=home_clone, env_id=None, action_noise=0.0, episodes=6)
+    manifest = json.loads(bc.collect(args).with_suffix(".json").read_text())
+    arrays, _ = read(str(tmp_path), "home")
+    clone, _ = bc.trained(home_clone)
+    assert manifest["env_id"] == "CloneHome-v0"
+    assert np.array_equal(arrays["action"], clone(arrays["obs"]))
+    file = run.Path(home_clone) / "best.pt"
+    (path, parent), *more = manifest["parents"].items()
+    assert more == []
+    assert (path, parent["sha256"]) == (str(file), run.sha256(file))
+    assert parent["config"]["script"] == "bc_pretrain"
+    assert parent["steps"] == 5
+
+
+def test_with_dagger_the_clone_drives_every_other_row_and_the_expert_labels(home_clone, tmp_path):
+    bc.collect(collect_home(str(tmp_path), dagger=home_clone, action_noise=0.0, episodes=24, seeds=(3,)))
+    arrays, episodes = read(str(tmp_path), "home")
+    clone, _ = bc.trained(home_clone)
+    assert np.array_equal(arrays["action"], Straight()(arrays["obs"]))
+    for k, episode in enumerate(episodes):  # 24 episodes in as many rows
+        expected = clone(arrays["obs"][episode]) if k % 2 else arrays["action"][episode]
+        assert np.array_equal(arrays["played"][episode], expected)
+    manifest = json.loads((tmp_path / "datasets" / "home.json").read_text())
+    assert list(manifest["parents"]) == [str(run.Path(home_clone) / "best.pt")]
+
+
 def test_an_existing_name_is_refused(root):
     before = run.dataset_file(settings_of(root)).read_bytes()
     with pytest.raises(UserError, match=r"home\.npz exists; choose another --dataset"):
@@ -230,6 +298,9 @@ def test_an_existing_name_is_refused(root):
         ({"threads": 0}, "--threads 1 or more"),
         ({"seeds": ()}, "--seeds not empty"),
         ({"seeds": (-1,)}, "--seeds"),
+        ({"seeds": (3, 3)}, "--seeds must differ"),
+        ({"policy": "runs/none.pt"}, r"runs/none\.pt: no such file"),
+        ({"dagger": "runs/none.pt"}, r"runs/none\.pt: no such file"),
         ({"policy": "ik"}, "unknown policy 'ik': choose zero, straight"),
         ({"policy": "missing.onnx"}, r"missing\.onnx: no such file"),
         ({"env_id": "Homes-v0"}, "unknown environment 'Homes-v0'"),
@@ -249,6 +320,20 @@ def test_recording_what_cannot_be_recorded(tmp_path, changes, message, monkeypat
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
     assert calls == []
+
+
+def test_a_residual_is_no_expert(tmp_path, home_clone):
+    policy = run.load(run.Path(home_clone) / "best.pt")
+    run.save(tmp_path / "residual.pt", {**policy, "kind": "residual"})
+    with pytest.raises(UserError, match="holds a residual, where a policy is needed"):
+        bc.collect(collect_home(str(tmp_path), policy=str(tmp_path / "residual.pt"), env_id=None))
+
+
+def test_an_expert_of_another_environment(tmp_path, home_clone):
+    with pytest.raises(UserError, match="a policy for CloneHome-v0, not Pendulum-v1; leave --env-id out"):
+        bc.collect(collect_home(str(tmp_path), policy=home_clone, env_id="Pendulum-v1"))
+    with pytest.raises(UserError, match="a policy for CloneHome-v0, not LateralControl-v0; give another"):
+        bc.collect(bc.CollectArgs("x", dagger=home_clone, episodes=2, run_root=str(tmp_path)))
 
 
 @given(total=st.integers(0, 1000), parts=st.integers(1, 20))
@@ -394,6 +479,161 @@ def test_training_that_cannot_work(root, tmp_path, changes, message):
     assert not (run.Path(root) / settings["run_name"]).exists()
 
 
+# Looking at demonstrations
+
+
+@pytest.fixture
+def copied(root, tmp_path):
+    """Demonstrations of the home task that a test may damage: their file."""
+    (tmp_path / "datasets").mkdir()
+    for suffix in (".npz", ".json"):
+        file = run.dataset_file(settings_of(root)).with_suffix(suffix)
+        (tmp_path / "datasets" / file.name).write_bytes(file.read_bytes())
+    return tmp_path / "datasets" / "home.npz"
+
+
+def validate(file):
+    return bc.validate(bc.ValidateArgs(file.stem, run_root=str(file.parents[1])))
+
+
+def test_sound_demonstrations_have_no_problem(copied, capsys):
+    assert validate(copied)
+    said = capsys.readouterr().out
+    assert "WRONG" not in said
+    assert said.count("ok ") == 8
+    assert "80 episodes of CloneHome-v0" in said
+    assert said.rstrip().endswith("draft")
+
+
+def changed(name, index, value):
+    def change(arrays):
+        array = arrays[name].copy()
+        array[index] = value
+        return {**arrays, name: array}
+
+    return change
+
+
+def twice(arrays):
+    """The first episode again at the end."""
+    end = arrays["start"][1]
+    steps = {name: np.concatenate([arrays[name], arrays[name][:end]]) for name in ("obs", "action", "played", "reward")}
+    episodes = {name: np.concatenate([arrays[name], arrays[name][:1]]) for name in ("seed", "returns", "successes")}
+    return {**steps, **episodes, "start": np.append(arrays["start"], arrays["start"][-1] + end)}
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "wrong"),
+    [
+        (changed("obs", 7, np.nan), "observations are finite", "not so in step 7"),
+        (changed("action", 7, np.inf), "actions and rewards are finite", "action is not in step 7"),
+        (changed("reward", 7, np.nan), "actions and rewards are finite", "reward is not in step 7"),
+        (changed("action", 7, 0.2), "actions lie inside their bounds", "1 of "),
+        (changed("reward", 7, -5.0), "rewards add up to the returns", "not in episode 0"),
+        (changed("successes", slice(None), False), "the manifest's figures", "it is 0.000"),
+        (twice, "no episode is there twice", "1 seeds appear more than once, such as \\[3, 0\\]"),
+    ],
+)
+def test_what_is_wrong_is_found_and_noted(copied, capsys, change, check, wrong):
+    rewrite(copied, change(arrays_of(copied)))
+    assert not validate(copied)
+    said = capsys.readouterr().out
+    assert re.search(f"WRONG  {check}.*: .*{wrong}", said), said
+    assert json.loads(copied.with_suffix(".json").read_text())["quality"] == "quarantined"
+
+
+def test_a_file_that_was_replaced_is_found(copied, capsys):
+    np.savez(copied, **arrays_of(copied))
+    assert not validate(copied)
+    assert "WRONG  the file is the one that the manifest describes: its sha256 is not" in capsys.readouterr().out
+
+
+def test_enough_episodes_without_problems_are_validated(tmp_path):
+    manifest = json.loads(bc.collect(collect_home(str(tmp_path), episodes=200)).with_suffix(".json").read_text())
+    assert manifest["quality"] == "validated"
+
+
+def test_an_episode_is_played_again_as_it_was(root, monkeypatch, capsys):
+    """Its actions, noise and all, from its seed; the rewards are compared in each step."""
+    frames = []
+
+    class Film:
+        def __init__(self, vec, path):
+            self.path = path
+
+        def __call__(self, playing, reward, done):
+            frames.append(reward[0])
+
+    monkeypatch.setattr(rollout, "Film", Film)
+    arrays, episodes = read(root, "home")
+    bc.inspect(bc.InspectArgs("home", episode=50, video=True, run_root=root))
+    assert np.array_equal(np.float32(frames), arrays["reward"][episodes[50]])
+    assert f"episode 50: {len(frames)} steps" in capsys.readouterr().out
+
+
+def test_an_episode_that_is_no_longer_played_alike(copied, monkeypatch):
+    monkeypatch.setattr(rollout, "Film", lambda vec, path: lambda *step: None)
+    arrays = arrays_of(copied)
+    rewrite(copied, {**arrays, "played": np.roll(arrays["played"], 1, axis=0)})
+    with pytest.raises(UserError, match="no longer plays this episode as it did"):
+        bc.inspect(bc.InspectArgs("home", episode=3, video=True, run_root=str(copied.parents[1])))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"episode": 80}, "--episode must be from 0 to 79, not 80"),
+        ({"video": True}, "--video and --render show one episode"),
+        ({"dataset": "none"}, r"none\.json: no such file"),
+    ],
+)
+def test_looking_at_what_is_not_there(root, changes, message):
+    with pytest.raises(UserError, match=message):
+        bc.inspect(bc.InspectArgs(**{"dataset": "home", "run_root": root, **changes}))
+
+
+def test_statistics_are_those_of_the_arrays(root, capsys):
+    bc.inspect(bc.InspectArgs("home", run_root=root))
+    said, (arrays, _) = capsys.readouterr().out, read(root, "home")
+    assert f"{arrays['successes'].sum()} successes" in said
+    assert f"action 0: mean {arrays['action'].mean():.3f}" in said
+
+
+@given(data=st.data())
+def test_episodes_come_out_as_they_went_in(tmp_path_factory, data):
+    """Whatever their lengths, the order in which they end, and the size of the pieces that they are read in."""
+    lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=8))
+    order = data.draw(st.permutations(range(len(lengths))))
+    left_out = data.draw(st.sets(st.sampled_from(range(len(lengths)))))
+    episodes = [
+        {
+            "obs_a": np.random.default_rng(k).normal(size=(n, 3)).astype(np.float32),
+            "obs_b": np.full((n, 2, 2), k, np.uint8),
+            **{name: np.full((n, 1), k, np.float32) for name in ("action", "played")},
+            "reward": np.arange(n, dtype=np.float32),
+        }
+        for k, n in enumerate(lengths)
+    ]
+    kept = [episode for k, episode in enumerate(episodes) if k not in left_out]
+    if not kept:
+        return
+    file = tmp_path_factory.mktemp("written") / "x.npz"
+    with demonstrations.Writer(file) as writer:
+        for k in order:
+            writer.add(k, None if k in left_out else episodes[k])
+        m = len(kept)
+        writer.finish(seed=np.zeros((m, 2), int), returns=np.zeros(m), successes=np.zeros(m, bool))
+    assert [path.name for path in file.parent.iterdir()] == ["x.npz"]
+    run.write_json(file.with_suffix(".json"), {"env_id": "", "env_kwargs": {}, "sha256": ""})
+    found = demonstrations.Demonstrations(file)
+    assert np.array_equal(found.start, np.cumsum([0, *(len(e["reward"]) for e in kept)]))
+    assert np.array_equal(found.action, np.concatenate([e["action"] for e in kept]))
+    chunks = list(found.chunks(data.draw(st.integers(1, 9))))
+    for name in ("a", "b"):
+        whole = np.concatenate([chunk[name] for chunk in chunks])
+        assert np.array_equal(whole, np.concatenate([e[f"obs_{name}"] for e in kept]))
+
+
 # Cloning
 
 
@@ -453,6 +693,28 @@ def test_losses_by_hand():
         assert bc.bc_loss(agent, args, obs, action) == pytest.approx(mse.item(), rel=1e-5)
         nll = bc.bc_loss(agent, replace(args, loss="nll"), obs, action)
         assert nll == pytest.approx(-normal.log_prob(action).sum(1).mean().item(), rel=1e-5)
+
+
+def test_returns_to_go_by_hand():
+    reward, start = np.array([1.0, 2.0, 4.0, 8.0, 16.0]), np.array([0, 3, 5])
+    assert bc.returns_to_go(reward, start, 0.5).tolist() == [1 + 1 + 1, 2 + 2, 4, 8 + 8, 16]
+
+
+@pytest.mark.parametrize("critic", [True, False])
+def test_the_critic_learns_what_the_actions_led_to_and_moves_nothing_else(critic):
+    """The actor's weights are the same to the last bit whether the critic learns or not."""
+    agent, args, obs, action = toy_problem()
+    alone = deepcopy(agent)
+    target = (obs - 5) @ torch.tensor([0.2, 0.1, -0.1])
+    for one, learns in ((agent, critic), (alone, False)):
+        torch.manual_seed(1)
+        optimizer = torch.optim.AdamW(one.parameters(), lr=3e-3)
+        for _ in range(40):
+            bc.fit_epoch(one, optimizer, replace(args, critic=learns), (obs, action, target))
+    assert all(torch.equal(x, y) for x, y in zip(agent.actor.parameters(), alone.actor.parameters()))
+    with torch.no_grad():
+        error = (agent.value(obs) - target).square().mean() / target.square().mean()
+    assert error < 0.1 if critic else error > 0.5
 
 
 def test_an_epoch_sees_every_pair_once(monkeypatch):
