@@ -1,4 +1,4 @@
-"""The pipeline from end to end: expert, demonstrations, clone, fine-tuning, comparison; and clones that look at grids."""
+"""The pipeline from end to end: expert, demonstrations, clone, fine-tuning, comparison; clones that look at grids."""
 
 import json
 import signal
@@ -14,8 +14,9 @@ from test_bc import Home
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-import bc_pretrain as bc
 import compare_runs
+
+import bc_pretrain as bc
 import ppo_continuous
 import ppo_grid_socnav
 from envs import rollout, run
@@ -91,7 +92,7 @@ PLACE = {"scenario": "classic_head_on_corridor_medium", "grid_channels": "near",
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Demonstrations of a scripted controller in one corridor: the directory of runs, and the environment's arguments."""
+    """Demonstrations of a scripted controller in one corridor: the directory of runs that holds them."""
     root = str(tmp_path_factory.mktemp("runs"))
     collected = {"policy": "pursuit", "env_id": "SocNavGrid-v0", "env_kwargs": PLACE, "episodes": 4, "run_root": root}
     bc.collect(bc.CollectArgs("corridor", **collected))
