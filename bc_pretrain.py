@@ -19,6 +19,7 @@ that it meant; with --dagger a clone drives every other row, and the expert says
 """
 
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -93,7 +94,7 @@ class InspectArgs:
 @dataclass
 class Args:
     dataset: str
-    """name of the demonstrations that collect recorded"""
+    """name of the demonstrations that collect recorded, or the path of their .npz"""
     env_id: str | None = None
     """environment to clone for, if not the one that the demonstrations are from"""
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
@@ -464,9 +465,10 @@ def trained(path: str) -> tuple[Policy, dict]:
     """
     policy = run.load_policy(path, kind="policy")
     networks = {name: policy["args"][name] for name in (*NETWORK, *SIGHT) if name in policy["args"]}
-    args = replace(command.args_from(Args, {"dataset": "", **networks}, path), env_id=policy["env_id"])
-    args = replace(args, env_kwargs=policy["env_kwargs"])
-    agent = agent_for(envs.make_vec(args.env_id, 1, **args.env_kwargs), args)
+    args = command.args_from(Args, {"dataset": "", **networks}, path)  # of which only the network's settings count
+    args = replace(args, env_id=policy["env_id"], env_kwargs=policy["env_kwargs"])
+    vec = envs.make_vec(args.env_id, 1, training=False, split="train", **args.env_kwargs)
+    agent = agent_for(vec, args)
     run.load_agent(agent, policy, args, path)
     return Deployed(agent), policy
 
@@ -475,10 +477,12 @@ class Recorder:
     """An expert as a policy that writes down what it sees and means to do, while noise disturbs what it does and a
     clone, if there is one, drives in every other row."""
 
-    def __init__(self, expert: Policy, clone: Policy | None, scale: np.ndarray, seed: int, writer: Writer):
-        self.expert, self.clone, self.scale, self.writer = expert, clone, scale, writer
-        self.rng, self.episodes = np.random.default_rng(seed), {}
-        self.env_kwargs = getattr(expert, "env_kwargs", {})
+    def __init__(
+        self, expert: Policy, clone: Policy | None, scale: np.ndarray, seed: int, keeps: Callable[[dict], bool],
+        writer: Writer,
+    ):  # fmt: skip
+        self.expert, self.clone, self.scale, self.keeps, self.writer = expert, clone, scale, keeps, writer
+        self.rng, self.episodes, self.terminated = np.random.default_rng(seed), {}, {}
 
     def reset(self, rows: np.ndarray, vec: VectorEnv) -> None:
         if hasattr(self.expert, "reset"):
@@ -489,19 +493,21 @@ class Recorder:
         played = action + self.scale * self.rng.standard_normal(action.shape)
         if self.clone is not None:
             played[1::2] = self.clone(obs)[1::2]
-        self.step = {**named(obs), "action": action, "played": played.astype(np.float32)}
-        return self.step["played"]
+        self.now = {**named(obs), "action": action, "played": played.astype(np.float32)}
+        return self.now["played"]
 
-    def record(self, playing: np.ndarray, reward: np.ndarray, done: np.ndarray) -> None:
-        """Called after each step: row i played episode playing[i]."""
-        step = {**self.step, "reward": np.asarray(reward, np.float32)}
+    def on_step(self, playing: np.ndarray, reward: np.ndarray, terminated: np.ndarray, done: np.ndarray) -> None:
+        """Row i played episode playing[i]."""
+        step = {**self.now, "reward": np.asarray(reward, np.float32)}
         for i, episode in enumerate(playing.tolist()):
             self.episodes.setdefault(episode, []).append({name: x[i].copy() for name, x in step.items()})
+            self.terminated[episode] = bool(terminated[i])
 
-    def end(self, episode: int, keep: bool) -> None:
-        """Episode by episode to the disk."""
+    def on_episode(self, episode: int, result: dict) -> None:
+        """An episode that has ended goes to the disk."""
         steps = self.episodes.pop(episode)
-        self.writer.add(episode, {name: np.stack([s[name] for s in steps]) for name in steps[0]} if keep else None)
+        arrays = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
+        self.writer.add(episode, arrays if self.keeps(result) else None)
 
 
 def collect(args: CollectArgs) -> Path:
@@ -513,46 +519,49 @@ def collect(args: CollectArgs) -> Path:
     """
     check_collecting(args)
     file = run.dataset_file(args)
-    expert, clone, env_id, settings, parents = cast(args)
+    expert, clone, env_id, settings = who_plays(args)
     vec = envs.make_vec(env_id, min(rollout.ROWS, args.episodes), **settings)
     scale = args.action_noise * (vec.single_action_space.high - vec.single_action_space.low) / 2
-    first, results, seeds = 0, [], []
+
+    def keeps(result: dict) -> bool:
+        return result["success"] is True or not args.only_successes
+
+    played, seeds, terminated = [], [], []
     with Writer(file) as writer:
         for seed, count in zip(args.seeds, shared_out(args.episodes, len(args.seeds))):
-            recorder = Recorder(expert, clone, scale, seed, writer)
-
-            def end(episode: int, result: dict, recorder: Recorder = recorder) -> None:
-                recorder.end(episode, keep=result["success"] is True or not args.only_successes)
-
-            results += rollout.rollout(recorder, vec, count, seed, recorder.record, first, end)
+            recorder, first = Recorder(expert, clone, scale, seed, keeps, writer), len(played)
+            played += rollout.rollout(recorder, vec, count, seed, recorder.on_step, first, recorder.on_episode)
             seeds += [(seed, first + i) for i in range(count)]
-            first += count
-            print(f"{first:>6,}/{args.episodes:,} episodes", file=sys.stderr)
-        kept = [i for i, result in enumerate(results) if result["success"] is True or not args.only_successes]
+            terminated += [recorder.terminated[first + i] for i in range(count)]
+            print(f"{len(played):>6,}/{args.episodes:,} episodes", file=sys.stderr)
+        which = [i for i, result in enumerate(played) if keeps(result)]
+        kept = [played[i] for i in which]
         if not kept:
-            raise UserError(f"{args.policy} succeeded in none of {len(results)} episodes; leave --only-successes out")
-        results, seeds = [results[i] for i in kept], [seeds[i] for i in kept]
-        scenario = {"scenario": np.array([r["scenario"] for r in results])} if "scenario" in results[0] else {}
-        successes = np.array([result["success"] is True for result in results])
+            raise UserError(f"{args.policy} succeeded in none of {len(played)} episodes; leave --only-successes out")
         writer.finish(
-            seed=np.array(seeds), returns=np.array([r["return"] for r in results]), successes=successes, **scenario
+            seed=np.array(seeds)[which],
+            returns=np.array([result["return"] for result in kept]),
+            successes=np.array([result["success"] is True for result in kept]),
+            terminated=np.array(terminated)[which],
+            **({"scenario": np.array([result["scenario"] for result in kept])} if "scenario" in kept[0] else {}),
         )
-        steps = writer.start[-1]
-    summary = {"episodes": len(results), "steps": steps, **rollout.summarize(results), "per_episode": None}
+    summary = {"episodes": len(kept), **rollout.summarize(kept), "per_episode": None}
+    files = [run.policy_file(path) for path in (args.policy, args.dagger) if path and run.is_policy_path(path)]
     manifest = {
         "env_id": env_id,
         "env_kwargs": {name: value for name, value in settings.items() if name not in ("training", "split", "threads")},
         "collected_with": asdict(args),
-        "played": args.episodes,
+        "steps": writer.start[-1],
+        "played": {"episodes": len(played), "env_steps": sum(result["length"] for result in played)},
         **summary,
         "git_commit": run.git_commit(),
         "sha256": run.sha256(file),
-        "parents": parents,
+        "parents": run.origins([*files, *run.onnx_files(args.policy), *run.files_among(settings)]),
     }
     run.write_json(file.with_suffix(".json"), manifest)
     found = Demonstrations(file)
-    wrong = demonstrations.problems(found, vec)
-    manifest["quality"] = demonstrations.quality(wrong, len(found))
+    checks = demonstrations.problems(found, envs.make_vec(env_id, 1, **settings))
+    manifest["quality"] = demonstrations.quality(checks, len(found))
     run.write_json(file.with_suffix(".json"), manifest)
     print(f"{args.policy}: {rollout.describe(summary)}\n{file}: {manifest['quality']}")
     return file
@@ -571,16 +580,20 @@ def check_collecting(args: CollectArgs) -> None:
         raise UserError(f"{file} exists; choose another --dataset name, or remove it")
 
 
-def cast(args: CollectArgs) -> tuple[Policy, Policy | None, str, dict, dict]:
-    """Who plays what: expert, clone, environment and its arguments, and the files that they are from."""
-    learned, parents, env_id, env_kwargs = run.is_policy_path(args.policy), {}, args.env_id, {}
+def who_plays(args: CollectArgs) -> tuple[Policy, Policy | None, str, dict]:
+    """Expert, clone or None, environment and its arguments.
+
+    Raises:
+        UserError: there are none of these, or they do not go together.
+    """
+    learned, env_id, own = run.is_policy_path(args.policy), args.env_id, {}
     if learned:
         expert, policy = trained(args.policy)
-        env_id, env_kwargs = policy["env_id"], policy["env_kwargs"]
+        env_id, own = policy["env_id"], policy["env_kwargs"]
         if args.env_id not in (None, env_id):
             raise UserError(f"{args.policy}: a policy for {env_id}, not {args.env_id}; leave --env-id out")
     env_id = env_id or "LateralControl-v0"
-    settings = {"training": False, "split": "train", "threads": args.threads, **env_kwargs, **args.env_kwargs}
+    settings = {"training": False, "split": "train", "threads": args.threads, **own, **args.env_kwargs}
     vec = envs.make_vec(env_id, 1, **settings)
     if not isinstance(vec.single_observation_space, Dict):
         envs.require_flat_box(vec)
@@ -589,18 +602,25 @@ def cast(args: CollectArgs) -> tuple[Policy, Policy | None, str, dict, dict]:
         raise UserError(f"{args.episodes} episodes of the train split, which has {limit}; ask for at most so many")
     if not learned:
         expert = rollout.scripted(args.policy, vec)
-        settings |= getattr(expert, "env_kwargs", {})
+        own = getattr(expert, "env_kwargs", {})
+        settings = {**settings, **own, **args.env_kwargs}
+    sense = {*run.MEANING, *run.SIGHT}  # what says what a policy sees, and what its actions mean
+    require_alike(args.policy, own, settings, sense if learned else {*own})
     clone = None
     if args.dagger is not None:
         clone, policy = trained(args.dagger)
         if policy["env_id"] != env_id:
             raise UserError(f"{args.dagger}: a policy for {policy['env_id']}, not {env_id}; give another")
-    files = [
-        path for path in (args.policy, args.dagger) if path and (run.is_policy_path(path) or path.endswith(".onnx"))
-    ]
-    for path in files:
-        parents[str(run.policy_file(path))] = run.lineage(run.policy_file(path))
-    return expert, clone, env_id, settings, parents
+        require_alike(args.dagger, policy["env_kwargs"], settings, sense)
+    return expert, clone, env_id, settings
+
+
+def require_alike(source: str, theirs: dict, ours: dict, names: set[str]) -> None:
+    """Raises UserError if one of these arguments of the environment is another than the policy is for."""
+    for name in sorted(names):
+        if theirs.get(name) != ours.get(name):
+            there, here = (kwargs.get(name, "the default") for kwargs in (theirs, ours))
+            raise UserError(f"{source}: is for {name} {there}, not {here}; change --env-kwargs")
 
 
 def shared_out(total: int, parts: int) -> list[int]:
@@ -611,11 +631,10 @@ def shared_out(total: int, parts: int) -> list[int]:
 def validate(args: ValidateArgs) -> bool:
     """Print what is right and wrong with demonstrations, and note it in their manifest. Whether nothing is wrong."""
     found = Demonstrations(run.dataset_file(args))
-    vec = envs.make_vec(found.manifest["env_id"], 1, training=False, split="train", **found.manifest["env_kwargs"])
-    checks = demonstrations.problems(found, vec)
+    checks = demonstrations.problems(found, demonstrated(found))
     for check, wrong in checks:
         print(f"{'WRONG' if wrong else 'ok':5}  {check}{f': {wrong}' if wrong else ''}")
-    print(describe(found))
+    print(demonstrations.describe(found))
     quality = demonstrations.quality(checks, len(found))
     if quality != found.manifest.get("quality"):
         run.write_json(found.file.with_suffix(".json"), {**found.manifest, "quality": quality})
@@ -623,87 +642,64 @@ def validate(args: ValidateArgs) -> bool:
     return quality != "quarantined"
 
 
-def describe(found: Demonstrations) -> str:
-    """Demonstrations in a few lines."""
-    lengths = np.diff(found.start)
-    lines = [
-        f"{len(found):,} episodes of {found.manifest['env_id']}, {found.start[-1]:,} steps: length {lengths.min()} to "
-        f"{lengths.max()}, return {found.returns.mean():.2f} +- {found.returns.std():.2f}, "
-        f"{found.successes.sum():,} successes",
-    ]
-    for k, column in enumerate(found.action.T):
-        lines.append(
-            f"action {k}: mean {column.mean():.3f}, standard deviation {column.std():.3f}, {column.min():.3f} to "
-            f"{column.max():.3f}; played otherwise by {np.abs(found.played[:, k] - column).mean():.3f} on average"
-        )
-    if found.scenario is not None:
-        for name in np.unique(found.scenario):
-            there = found.scenario == name
-            lines.append(f"  {name:45} {there.sum():4} episodes, success {found.successes[there].mean():.3f}")
-    return "\n".join(lines)
+def demonstrated(found: Demonstrations, **more: Any) -> VectorEnv:
+    """The environment that demonstrations are from, one row."""
+    settings = {"training": False, "split": "train", **found.manifest["env_kwargs"], **more}
+    return envs.make_vec(found.manifest["env_id"], 1, **settings)
 
 
 def inspect(args: InspectArgs) -> None:
     """Statistics of demonstrations, or of one episode, which is played again if that is asked for.
 
     Raises:
-        UserError: there is no such episode, or the environment does not play it as it did.
+        UserError: there is no such episode, or no way to show it.
     """
     found = Demonstrations(run.dataset_file(args))
+    if args.episode is None and (args.video or args.render):
+        raise UserError("--video and --render show one episode; say which with --episode")
+    if args.video and args.render:
+        raise UserError("--render human and --video exclude each other; leave one out")
     if args.episode is None:
-        if args.video or args.render:
-            raise UserError("--video and --render show one episode; say which with --episode")
-        print(describe(found))
+        print(demonstrations.describe(found))
         return
     if not 0 <= args.episode < len(found):
         raise UserError(f"--episode must be from 0 to {len(found) - 1}, not {args.episode}")
-    steps = found.episode(args.episode)
-    print(
-        f"episode {args.episode}: {steps.stop - steps.start} steps, return {found.returns[args.episode]:.3f}, "
-        f"{'a success' if found.successes[args.episode] else 'no success'}, seed {found.seed[args.episode].tolist()}"
-        + (f", {found.scenario[args.episode]}" if found.scenario is not None else "")
-    )
+    print(demonstrations.describe_episode(found, args.episode))
     if args.video or args.render:
-        replay(found, args.episode, args)
+        command.require_extras(**{"--video": args.video})
+        vec = demonstrated(found, render_mode=args.render or "rgb_array")
+        path = found.file.with_name(f"{found.file.stem}_{args.episode}.mp4")
+        try:
+            demonstrations.show(found, args.episode, vec, rollout.Film(vec, path) if args.video else None)
+        finally:
+            vec.close()
 
 
-def replay(found: Demonstrations, episode: int, args: InspectArgs) -> None:
-    """Play an episode's actions again from its seed, for all to see."""
-    mode, manifest = args.render or "rgb_array", found.manifest
-    settings = {"training": False, "split": "train", "render_mode": mode, **manifest["env_kwargs"]}
-    vec = envs.make_vec(manifest["env_id"], 1, **settings)
-    film = rollout.Film(vec, found.file.with_name(f"{found.file.stem}_{episode}.mp4")) if args.video else None
-    vec.reset(seed=[found.seed[episode].tolist()])
-    for played, expected in zip(found.played[found.episode(episode)], found.reward[found.episode(episode)]):
-        _, reward, terminated, truncated, _ = vec.step(played[None])
-        if not np.isclose(reward[0], expected, rtol=1e-3, atol=1e-4):
-            raise UserError(f"{found.file}: the environment no longer plays this episode as it did; record it anew")
-        if film is not None:
-            film(np.zeros(1, int), reward, terminated | truncated)
-    vec.close()
+def returns_to_go(reward: np.ndarray, start: np.ndarray, terminated: np.ndarray, gamma: float) -> np.ndarray:
+    """G_t = r_t + gamma G_t+1 within each episode, (n,); reward (n,), start (episodes + 1,), terminated (episodes,).
 
-
-def returns_to_go(reward: np.ndarray, start: np.ndarray, gamma: float) -> np.ndarray:
-    """G_t = r_t + gamma G_t+1 within each episode, (n,)."""
-    found, following = np.zeros(len(reward)), 0.0
-    ends = np.zeros(len(reward), bool)
-    ends[start[1:] - 1] = True
-    for t in reversed(range(len(reward))):
-        found[t] = following = reward[t] + gamma * following * (not ends[t])
+    A terminal state is worth zero. An episode that the time limit cut off would have gone on; its end is worth what the
+    episode paid on average, for ever: mean(r) / (1 - gamma)."""
+    found = np.zeros(len(reward))
+    for begin, end, terminal in zip(start[:-1], start[1:], terminated):
+        following = 0.0 if terminal else reward[begin:end].mean() / max(1 - gamma, 1e-3)
+        for t in reversed(range(begin, end)):
+            found[t] = following = reward[t] + gamma * following
     return found
 
 
 def pairs(agent: nn.Module, found: Demonstrations, args: Args) -> tuple[Tensor, Tensor, Tensor]:
     """What the network learns from: its view of each step (n, obs_dim), the expert's action in the Gaussian's own units
-    (n, action_dim), and the return to go in units of its standard deviation (n,), as PPO scales rewards."""
+    (n, action_dim), and the return to go in units of its standard deviation (n,).
+
+    That is about the scale of PPO's rewards, but not theirs: they are those of training, and scaled as they come. A few
+    updates with --critic-warmup put it right."""
     views = []
     for obs in found.chunks():
-        if isinstance(obs, dict):
-            views.append(agent.see({name: torch.as_tensor(x) for name, x in obs.items()}))
-        else:
-            views.append(torch.as_tensor(obs))
+        several = isinstance(obs, dict)
+        views.append(agent.see(tensors(obs, torch.device("cpu"))) if several else torch.as_tensor(obs))
     action = (torch.as_tensor(found.action) - agent.center) / agent.scale
-    target = returns_to_go(found.reward, found.start, args.gamma)
+    target = returns_to_go(found.reward, found.start, found.terminated, args.gamma)
     return torch.cat(views).float(), action, torch.as_tensor(target / (target.std() + 1e-8)).float()
 
 
@@ -747,6 +743,7 @@ def check(args: Args) -> None:
     wrong += ["hidden_sizes"] * (args.hidden_sizes is not None and min(args.hidden_sizes, default=1) < 1)
     wrong += ["gamma"] * (args.gamma is not None and not 0 <= args.gamma <= 1)
     wrong += ["rays"] * (args.rays < 2 or args.rays % 2 == 1)
+    wrong += ["cnn_channels"] * (len(args.cnn_channels) != 3)
     wrong += [name for name in ("seed", "eval_seed") if getattr(args, name) >= 2**32]
     wrong += ["init_log_std"] * (not np.isfinite(args.init_log_std))
     wrong += ["learning_rate"] * (not 0 < args.learning_rate < np.inf)
@@ -767,8 +764,9 @@ def load_demonstrations(args: Args) -> tuple[Demonstrations, Args]:
         raise UserError(f"{found.file}: something is wrong with it, and validate says what; record it anew")
     if len(found) < 2:
         raise UserError(f"{found.file}: one episode is too few to train and to validate; record more")
-    env_id = args.env_id or found.manifest["env_id"]
-    args = replace(args, env_id=env_id, env_kwargs={**found.manifest["env_kwargs"], **args.env_kwargs})
+    env_id, env_kwargs = args.env_id or found.manifest["env_id"], found.manifest["env_kwargs"]
+    require_alike(str(found.file), env_kwargs, {**env_kwargs, **args.env_kwargs}, {*run.MEANING, *run.SIGHT})
+    args = replace(args, env_id=env_id, env_kwargs={**env_kwargs, **args.env_kwargs})
     tuned = {**UNTUNED, **TUNED.get(env_id, {})}.items()
     return found, replace(args, **{name: value for name, value in tuned if getattr(args, name) is None})
 
@@ -781,6 +779,7 @@ def train(args: Args) -> dict:
         FloatingPointError: the loss is not finite.
     """
     check(args)
+    command.require_extras(**{"--track": args.track, "--capture-video": args.capture_video})
     found, args = load_demonstrations(args)
     envs.check_evaluation(args)
     torch.set_num_threads(1)

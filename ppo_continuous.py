@@ -108,7 +108,7 @@ class Args:
     eval_every: int = 100_000
     """steps between two evaluations on the validation split; the best one gives best.pt; 0 for only one at the end"""
     eval_first: int = 0
-    """also evaluate before the first update and after each of the first ones, so many: does a clone get worse?"""
+    """also evaluate before each of the first updates, so many, into first_evaluations.jsonl: does a clone get worse?"""
     eval_episodes: int = 10
     """episodes of an evaluation; 0 for all, where a split has a fixed number"""
     eval_seed: int = 1
@@ -467,10 +467,10 @@ def train(args: Args) -> dict:
         }  # fmt: skip
 
     with run.Run("ppo_continuous", args, device, resumed, iterations * batch_size) as record:
-        if args.eval_first > 0 and step == 0:
-            record.evaluated(0, rollout.evaluate(Deployed(agent), args, "validation"))
         for iteration in range(step // batch_size + 1, iterations + 1):
             record.snapshot = deepcopy(checkpoint())
+            if iteration <= args.eval_first:
+                record.look(step, rollout.evaluate(Deployed(agent), args, "validation"))
             progress = (iteration - 1) / iterations
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
@@ -486,7 +486,7 @@ def train(args: Args) -> dict:
             run.require_finite_update(agent, scalars, step)
 
             evaluation = None
-            if iteration == iterations or iteration <= args.eval_first or run.due(args.eval_every, step, batch_size):
+            if iteration == iterations or run.due(args.eval_every, step, batch_size):
                 evaluation = rollout.evaluate(Deployed(agent), args, "validation", record.video(step))
                 if best is None or rollout.score(evaluation) > rollout.score(best["evaluation"]):
                     best = {"step": step, "agent": deepcopy(agent.state_dict()), "evaluation": evaluation}

@@ -178,13 +178,19 @@ def checked(args: Any) -> Any:
     check_env_kwargs(args.env_kwargs, args.eval_env_kwargs)
     if args.render is not None and args.capture_video:
         raise UserError("--render human and --capture-video exclude each other; leave one out")
-    for wanted, flag, package, extra in (
-        (args.track, "--track", "wandb", "track"),
-        (args.capture_video, "--capture-video", "moviepy", "video"),
-    ):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise UserError(f"{flag} needs {package}: pip install -e '.[{extra}]'")
+    require_extras(**{"--track": args.track, "--capture-video": args.capture_video})
     return args
+
+
+PACKAGE_OF = {"--track": ("wandb", "track"), "--capture-video": ("moviepy", "video"), "--video": ("moviepy", "video")}
+
+
+def require_extras(**given: bool) -> None:
+    """Raises UserError if a flag is given whose package is missing."""
+    for flag, is_given in given.items():
+        package, extra = PACKAGE_OF[flag]
+        if is_given and importlib.util.find_spec(package) is None:
+            raise UserError(f"{flag} needs {package}: pip install -e '.[{extra}]'")
 
 
 def steps_per_rollout(args: Any) -> int:

@@ -12,6 +12,7 @@ and over the m episodes:
     start       (m + 1,) int64, where each begins and the last one ends
     seed        (m, 2) int64; an episode's randomness is that of SeedSequence([seed, number])
     returns     (m,) float64; successes (m,) bool
+    terminated  (m,) bool; others were cut off by the time limit
     scenario    (m,) text, where the environment has scenarios
 """
 
@@ -20,7 +21,7 @@ import os
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from envs.run import UserError, read_json, sha256, unwritable
 
 ENOUGH = 200  # episodes from which a dataset without problems counts as validated
 CHUNK = 4096  # steps that are read at a time
-OVER_STEPS, OVER_EPISODES = ("action", "played", "reward"), ("seed", "returns", "successes")
+OVER_STEPS, OVER_EPISODES = ("action", "played", "reward"), ("seed", "returns", "successes", "terminated")
+REPLAYED = 3  # episodes that are played again to see whether all is as it was
 
 
 def named(obs: Any) -> dict[str, np.ndarray]:
@@ -81,7 +83,7 @@ class Writer:
                 self.streams[name].write(np.ascontiguousarray(array).tobytes())
         except OSError as error:
             raise unwritable(self.file, error) from error
-        self.start.append(self.start[-1] + len(array))
+        self.start.append(self.start[-1] + len(steps["reward"]))
 
     def finish(self, **more: np.ndarray) -> None:
         """Pack what was added, and these arrays, into the file: whole or not at all."""
@@ -125,21 +127,22 @@ class Demonstrations:
     """
 
     def __init__(self, file: Path):
+        if not file.is_file():
+            raise UserError(f"{file}: no such demonstrations; record them with collect, or name others")
         self.file, self.manifest = file, read_json(file.with_suffix(".json"))
         shapes = self._shapes()
         needed = {*OVER_STEPS, *OVER_EPISODES, "start"}
-        self.observed = sorted(name for name in shapes if name == "obs" or name.startswith("obs_"))
+        self.observed = [name for name in shapes if name == "obs" or name.startswith("obs_")]
         if (
             not {"env_id", "env_kwargs", "sha256"} <= self.manifest.keys()
             or not needed <= {*shapes}
             or not self.observed
         ):
             raise UserError(f"{file}: not demonstrations of this project; record them anew with collect")
-        with self._reading():
-            content = np.load(file, allow_pickle=False)
+        with self._reading(), np.load(file, allow_pickle=False) as content:
             arrays = {name: content[name] for name in shapes if name not in self.observed}
         self.start, self.action, self.played, self.reward = (arrays[n] for n in ("start", *OVER_STEPS))
-        self.seed, self.returns, self.successes = (arrays[name] for name in OVER_EPISODES)
+        self.seed, self.returns, self.successes, self.terminated = (arrays[name] for name in OVER_EPISODES)
         self.scenario = arrays.get("scenario")
         steps = {shapes[name][0] for name in (*OVER_STEPS, *self.observed) if shapes[name]}
         episodes = {
@@ -164,8 +167,6 @@ class Demonstrations:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError:
-            raise UserError(f"{self.file}: no such file; record it with collect, or name another") from None
         except Exception as error:  # zipfile's, numpy's and zlib's exceptions have no common base
             raise UserError(f"{self.file}: damaged or not an .npz file; record it anew") from error
 
@@ -212,13 +213,15 @@ def read_rows(stream: Any, kind: np.dtype, shape: tuple[int, ...], count: int) -
 
 
 def problems(found: Demonstrations, vec: Any) -> list[tuple[str, str]]:
-    """(check, what is wrong) for every check; "" where nothing is. vec: the environment that they are for."""
+    """(check, what is wrong) for every check; "" where nothing is. vec: the environment that they are from, one row."""
     return [
         ("the file is the one that the manifest describes", other_file(found)),
         ("observations and actions fit the environment", misfits(found, vec)),
         ("observations are finite", not_finite(found)),
         ("actions and rewards are finite", not_finite_actions(found)),
         ("actions lie inside their bounds", out_of_bounds(found, vec)),
+        ("actions differ from what was played by the noise alone", misaligned(found, vec)),
+        ("episodes are played again as they were", played_otherwise(found, vec)),
         ("rewards add up to the returns", wrong_sums(found)),
         ("no episode is there twice", duplicates(found)),
         ("the manifest's figures are those of the episodes", wrong_figures(found)),
@@ -275,6 +278,34 @@ def out_of_bounds(found: Demonstrations, vec: Any) -> str:
     return f"{outside.sum():,} of {len(outside):,} do not" if outside.any() else ""
 
 
+def misaligned(found: Demonstrations, vec: Any) -> str:
+    """Without a clone that drives, what was played is what was meant, or that with noise of a known deviation; pairs
+    that are off by a step differ by more."""
+    collected, space = found.manifest.get("collected_with", {}), vec.single_action_space
+    if collected.get("dagger") is not None or found.action.shape[1:] != space.shape:
+        return ""
+    noise = collected.get("action_noise", 0.0)
+    seen = ((found.played - found.action) / ((space.high - space.low) / 2)).std()
+    return f"by {seen:.3f} of half the range, not {noise:.3f}" if abs(seen - noise) > 0.2 * noise + 1e-6 else ""
+
+
+def played_otherwise(found: Demonstrations, vec: Any) -> str:
+    """Play the first episodes again from their seeds and compare what is seen and paid in each step."""
+    if misfits(found, vec):
+        return ""  # which is another problem
+    chunks = (named(obs) for obs in found.chunks(1))
+    for k in range(min(REPLAYED, len(found))):
+        obs, _ = vec.reset(seed=[found.seed[k].tolist()])
+        for t in range(found.start[k], found.start[k + 1]):
+            recorded, now = next(chunks), named(obs)
+            if not all(np.allclose(now[name], recorded[name], rtol=1e-3, atol=1e-4) for name in now):
+                return f"not in episode {k}: other observations from step {t - found.start[k]} on"
+            obs, reward, *_ = vec.step(found.played[t][None])
+            if not np.isclose(reward[0], found.reward[t], rtol=1e-3, atol=1e-4):
+                return f"not in episode {k}: another reward in step {t - found.start[k]}"
+    return ""
+
+
 def wrong_sums(found: Demonstrations) -> str:
     sums = np.add.reduceat(found.reward.astype(float), found.start[:-1])
     wrong = ~np.isclose(sums, found.returns, rtol=1e-3, atol=1e-3)
@@ -282,15 +313,16 @@ def wrong_sums(found: Demonstrations) -> str:
 
 
 def duplicates(found: Demonstrations) -> str:
-    """Episodes that began alike, or in which the same was played."""
-    marks = [(*found.seed[k].tolist(),) for k in range(len(found))]
-    same = [mark for mark, count in Counter(marks).items() if count > 1]
-    if same:
-        return f"{len(same)} seeds appear more than once, such as {list(same[0])}"
+    same = [seed for seed, count in Counter(map(tuple, found.seed.tolist())).items() if count > 1]
+    return f"{len(same)} seeds appear more than once, such as {list(same[0])}" if same else ""
+
+
+def played_alike(found: Demonstrations) -> int:
+    """Episodes in which the same was played as in an earlier one, from the same start by chance: no mistake, but no
+    more to learn from either."""
     episodes = map(found.episode, range(len(found)))
-    plays = Counter(found.played[steps].tobytes() + found.reward[steps].tobytes() for steps in episodes)
-    twice = sum(count > 1 for count in plays.values())
-    return f"{twice} episodes were played alike more than once" if twice else ""
+    different = {found.played[steps].tobytes() + found.reward[steps].tobytes() for steps in episodes}
+    return len(found) - len(different)
 
 
 def wrong_figures(found: Demonstrations) -> str:
@@ -310,3 +342,39 @@ def quality(found: list[tuple[str, str]], episodes: int) -> str:
     if any(wrong for _, wrong in found):
         return "quarantined"
     return "validated" if episodes >= ENOUGH else "draft"
+
+
+def describe(found: Demonstrations) -> str:
+    """Demonstrations in a few lines."""
+    lengths = np.diff(found.start)
+    lines = [
+        f"{len(found):,} episodes of {found.manifest['env_id']}, {found.start[-1]:,} steps: length {lengths.min()} to "
+        f"{lengths.max()}, return {found.returns.mean():.2f} +- {found.returns.std():.2f}, "
+        f"{found.successes.sum():,} successes, {played_alike(found)} as an earlier one",
+    ]
+    for k, column in enumerate(found.action.T):
+        lines.append(
+            f"action {k}: mean {column.mean():.3f}, standard deviation {column.std():.3f}, {column.min():.3f} to "
+            f"{column.max():.3f}; played otherwise by {np.abs(found.played[:, k] - column).mean():.3f} on average"
+        )
+    if found.scenario is not None:
+        for name in np.unique(found.scenario):
+            there = found.scenario == name
+            lines.append(f"  {name:45} {there.sum():4} episodes, success {found.successes[there].mean():.3f}")
+    return "\n".join(lines)
+
+
+def describe_episode(found: Demonstrations, episode: int) -> str:
+    steps, scenario = found.episode(episode), "" if found.scenario is None else f", {found.scenario[episode]}"
+    result = "a success" if found.successes[episode] else "no success"
+    about = f"return {found.returns[episode]:.3f}, {result}, seed {found.seed[episode].tolist()}{scenario}"
+    return f"episode {episode}: {steps.stop - steps.start} steps, {about}"
+
+
+def show(found: Demonstrations, episode: int, vec: Any, film: Callable | None) -> None:
+    """Play an episode again, in vec's window or for a film."""
+    vec.reset(seed=[found.seed[episode].tolist()])
+    for played in found.played[found.episode(episode)]:
+        _, reward, terminated, truncated, _ = vec.step(played[None])
+        if film is not None:
+            film(np.zeros(1, int), reward, terminated, terminated | truncated)

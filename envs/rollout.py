@@ -34,6 +34,7 @@ RATES = ("success_rate", "failure_rate", "mean_return", "mean_length")
 LOWER_IS_BETTER = {
     *("failure_rate", "pedestrian_collision", "obstacle_collision", "timeout", "near_misses", "force_exceed"),
     *("comfort_exposure", "jerk", "time_to_goal", "total_cost", "lataccel_cost", "jerk_cost"),
+    *("collision_rate", "position_error", "yaw_error"),
 }
 ROWS = 24  # environments that an evaluation steps together; more would stand idle while the last episodes end
 
@@ -45,9 +46,9 @@ def rollout(
     """Play `episodes` episodes, numbered from `first` on, in the rows of the vector environment `vec`.
 
     Episode i starts from SeedSequence([seed, i]) whatever row it is played in, so it has the same start and the same
-    random draws however many rows there are. on_step(playing, reward, done) is called after every step, each (N,):
-    the episode that a row played, what it got, whether it ended. on_episode(number, result) is called after the last
-    step of each.
+    random draws however many rows there are. on_step(playing, reward, terminated, done) is called after every step,
+    each (N,): the episode that a row played, what it got, whether it ended, of itself or by the time limit;
+    on_episode(number, result) after the last step of each.
 
     Returns:
         One dict an episode: return, length, success (None where the task has none) and the task's own metrics.
@@ -71,7 +72,7 @@ def rollout(
         require_finite_episodes("reward", reward, playing)
         done = as_numpy(terminated | truncated)
         if on_step is not None:
-            on_step(playing, as_numpy(reward), done)
+            on_step(playing, as_numpy(reward), as_numpy(terminated), done)
         if not done.any():
             continue
         for i in np.flatnonzero(done):
@@ -158,7 +159,7 @@ class Film:
         self.every, self.calls = math.ceil(fps / FASTEST_FILM), 0
         self.fps = fps / self.every
 
-    def __call__(self, playing: np.ndarray, reward: np.ndarray, done: np.ndarray) -> None:
+    def __call__(self, playing: np.ndarray, reward: np.ndarray, terminated: np.ndarray, done: np.ndarray) -> None:
         if self.frames is None:
             return
         if not done[0]:  # at the end of an episode the row already shows the next one
@@ -297,8 +298,13 @@ class Deployed:
 
     @torch.no_grad()
     def __call__(self, obs: Any) -> np.ndarray:
-        parts = (torch.as_tensor(x) for x in (obs.values() if isinstance(obs, dict) else [obs]))
-        return self.agent(*(x.double() if x.is_floating_point() else x for x in parts)).numpy().astype(np.float32)
+        def exact(x: Any) -> torch.Tensor:
+            x = torch.as_tensor(x)
+            return x.double() if x.is_floating_point() else x
+
+        several = isinstance(obs, dict)
+        action = self.agent(**{name: exact(x) for name, x in obs.items()}) if several else self.agent(exact(obs))
+        return action.numpy().astype(np.float32)
 
 
 class Zero:

@@ -464,6 +464,10 @@ class Run:
         for name in ("evaluations.jsonl", "episodes.jsonl"):
             rows = [row for row in read_jsonl(source / name) if row["step"] <= self.start_step]
             write_whole(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        if (source / "first_evaluations.jsonl").exists():  # the one at this step comes again
+            rows = [row for row in read_jsonl(source / "first_evaluations.jsonl") if row["step"] < self.start_step]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            write_whole(self.folder / "first_evaluations.jsonl", text.encode())
         rows = [row for row in read_progress(source / "progress.csv") if int(row["step"]) <= self.start_step]
         write_whole(self.folder / "progress.csv", csv_text(rows, header=bool(rows)).encode())
         for file in checkpoints_in(self.folder):
@@ -576,12 +580,15 @@ class Run:
         self._log_scalars(step, {**episode_scalars(recent), **scalars, **evaluation_scalars(evaluation)})
         append(self.folder / "episodes.jsonl", "".join(json.dumps(episode) + "\n" for episode in episodes))
         if evaluation is not None:
-            self.evaluated(step, evaluation)
+            self._line("evaluations.jsonl", step, evaluation)
 
-    def evaluated(self, step: int, evaluation: dict) -> None:
-        """A line of evaluations.jsonl."""
+    def look(self, step: int, evaluation: dict) -> None:
+        """One of the first evaluations, by which nothing is chosen."""
+        self._line("first_evaluations.jsonl", step, evaluation)
+
+    def _line(self, name: str, step: int, evaluation: dict) -> None:
         line = {"step": step, **evaluation, "per_episode": None}
-        append(self.folder / "evaluations.jsonl", json.dumps(line) + "\n")
+        append(self.folder / name, json.dumps(line) + "\n")
 
     def video(self, step: int) -> Path | None:
         """Where --capture-video records an evaluation."""
@@ -615,20 +622,34 @@ def parents(args: Any) -> dict[str, dict]:
     pretrained = getattr(args, "pretrained", None)
     files = [policy_file(pretrained)] if pretrained is not None else []
     files += [dataset_file(args)] if hasattr(args, "dataset") else []
-    files += [Path(part) for part in getattr(args, "base_policy", "").split(":") if part.endswith(".onnx")]
-    files += [Path(value) for value in args.env_kwargs.values() if isinstance(value, str) and Path(value).is_file()]
+    return origins([*files, *onnx_files(getattr(args, "base_policy", "")), *files_among(args.env_kwargs)])
+
+
+def origins(files: list[Path]) -> dict[str, dict]:
+    """{path: where it is from}."""
     return {str(file): lineage(file) for file in files}
 
 
+def onnx_files(policy: str) -> list[Path]:
+    """The files in the name of a policy: PATH.onnx, or those of a blend."""
+    return [Path(part) for part in policy.split(":") if part.endswith(".onnx")]
+
+
+def files_among(env_kwargs: dict) -> list[Path]:
+    """Those arguments of an environment that are files."""
+    return [Path(value) for value in env_kwargs.values() if isinstance(value, str) and Path(value).is_file()]
+
+
 def lineage(file: Path) -> dict[str, Any]:
-    """Where a file is from: its sha256, what its run or its manifest says of itself, and the steps of that run."""
-    about = file.with_suffix(".json") if file.suffix == ".npz" else file.parent / "config.json"
-    summary = file.parent / "summary.json"
-    return {
-        "sha256": sha256(file),
-        "config": read_json(about) if about.exists() else None,
-        "steps": read_json(summary).get("steps") if summary.exists() else None,
-    }
+    """Where a file is from: its sha256, what its run or its manifest says of itself, and the steps of training that it
+    took: all of its run's, or those up to a checkpoint."""
+    about = file.with_suffix(".json") if file.suffix == ".npz" else run_folder(file) / "config.json"
+    summary = run_folder(file) / "summary.json"
+    if file.parent.name == "checkpoints":
+        steps = load(file)["step"]
+    else:
+        steps = read_json(summary).get("steps") if summary.exists() else None
+    return {"sha256": sha256(file), "config": read_json(about) if about.exists() else None, "steps": steps}
 
 
 def require_same_files(source: str, env_kwargs: dict) -> None:
@@ -642,7 +663,9 @@ def require_same_files(source: str, env_kwargs: dict) -> None:
 
 
 def dataset_file(args: Any) -> Path:
-    """Where the demonstrations named args.dataset lie; the manifest beside them ends in .json."""
+    """Where the demonstrations args.dataset lie, a name or a path; the manifest beside them ends in .json."""
+    if args.dataset.endswith(".npz"):
+        return Path(args.dataset)
     return Path(args.run_root) / "datasets" / f"{args.dataset}.npz"
 
 

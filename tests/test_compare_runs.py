@@ -1,6 +1,7 @@
 """tools/compare_runs.py: the table of runs, from the files that they left."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -107,17 +108,24 @@ def test_a_criterion_that_does_not_exist():
         compare_runs.meets(evaluations(5)[0], {"speed": 1.0})
 
 
-DATASET = {"steps": 50, "parents": {"runs/expert/best.pt": {"steps": 200}}}
-LINEAGE = {"runs/clone/best.pt": {"config": {"parents": {"runs/datasets/x.npz": {"config": DATASET}}}}}
+EXPERT = {"sha256": "e", "steps": 200, "config": {"script": "ppo_continuous", "parents": {}}}
+DATASET = {"played": {"env_steps": 50}, "parents": {"runs/expert/best.pt": EXPERT}}
+DEMONSTRATIONS = {"runs/datasets/x.npz": {"sha256": "d", "steps": None, "config": DATASET}}
+CLONE = {"sha256": "c", "steps": 40, "config": {"script": "bc_pretrain", "parents": DEMONSTRATIONS}}
+LINEAGE = {"runs/clone/best.pt": CLONE}
 
 
-def write_arm(folder, seeds, curves, parents):
+def write_arm(folder, curves, parents, status="completed", **settings):
+    """Runs with these validation returns: their directories."""
     runs = []
-    for seed, curve in zip(seeds, curves):
+    for seed, curve in enumerate(curves):
         best = {"step": 100, **evaluations(5)[0]}
-        run = write_run(folder / str(seed), seed, steps=400, run=f"run {seed}", best=best)
+        name = f"{folder.name} {seed}"
+        run = write_run(folder / str(seed), seed, steps=400, run=name, best=best, status=status)
         config = json.loads((Path(run) / "config.json").read_text())
-        (Path(run) / "config.json").write_text(json.dumps({**config, "parents": parents}))
+        begun = {"pretrained": "runs/clone" if parents else None, "total_timesteps": 400, **settings}
+        config = {**config, "parents": parents, "args": {**config["args"], **begun}}
+        (Path(run) / "config.json").write_text(json.dumps(config))
         lines = [json.dumps(evaluation) for evaluation in evaluations(*curve)]
         (Path(run) / "evaluations.jsonl").write_text("\n".join(lines))
         runs.append(run)
@@ -127,24 +135,28 @@ def write_arm(folder, seeds, curves, parents):
 def two_arms(tmp_path, baseline, pretrained, **settings):
     """The comparison of runs with these curves."""
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    arms = (
-        write_arm(tmp_path / "a", range(len(baseline)), baseline, {}),
-        write_arm(tmp_path / "b", range(len(pretrained)), pretrained, LINEAGE),
-    )
+    arms = write_arm(tmp_path / "a", baseline, {}), write_arm(tmp_path / "b", pretrained, LINEAGE)
     args = compare_runs.Args(baseline=arms[0], pretrained=arms[1], criterion={"mean_return": 5.0}, **settings)
     return compare_runs.compare(*([compare_runs.read_run(run) for run in arm] for arm in arms), args)
 
 
 def test_steps_of_both_arms_and_their_ratio_three_ways(tmp_path):
-    found = two_arms(tmp_path, [(1, 1, 5, 5), (1, 5, 5, 5)], [(5, 5, 5, 5), (5, 5, 5, 5)], window=1)
-    assert (found["baseline"]["converged_at"], found["pretrained"]["converged_at"]) == ([300, 200], [100, 100])
+    found = two_arms(tmp_path, [(1, 1, 5, 5), (1, 5, 5, 5), (1, 5, 5, 5)], [(5, 5, 5, 5)] * 3, window=1)
+    assert (found["baseline"]["converged_at"], found["pretrained"]["converged_at"]) == ([300, 200, 200], [100] * 3)
     ratios = {name: one["value"] for name, one in found["ratio"].items()}
-    # 100 steps beside 250; with 50 of demonstrations; with 200 of the expert's training as well
-    assert ratios == pytest.approx({"fine_tuning": 0.4, "with_demonstrations": 0.6, "with_expert": 1.4})
+    # 100 steps beside 233; with 50 of demonstrations; with 200 of the expert's training as well
+    expected = {"fine_tuning": 300 / 700, "with_demonstrations": 450 / 700, "with_expert": 1050 / 700}
+    assert ratios == pytest.approx(expected)
     one = found["ratio"]["fine_tuning"]
     assert one["bound"] == "="
-    # a resample of the baseline has a mean of 200, 250 or 300; both extremes come up a quarter of the time
+    # of three draws from 300, 200, 200 all are 300 in 1 of 27 samples, and all are 200 in 8
     assert (one["low"], one["high"]) == pytest.approx((100 / 300, 100 / 200))
+
+
+def test_two_runs_have_no_interval(tmp_path):
+    found = two_arms(tmp_path, [(1, 5), (5, 5)], [(5, 5), (5, 5)], window=1)
+    assert found["ratio"]["fine_tuning"]["low"] is None
+    assert "| fine-tuning alone | 0.67 | - |" in compare_runs.describe(found)
 
 
 @pytest.mark.parametrize(
@@ -169,10 +181,63 @@ def test_interval_of_final_figures_by_bootstrap():
     assert (low, high) == pytest.approx((0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05), abs=0.015)
 
 
-def test_a_run_from_scratch_among_the_pretrained_ones(tmp_path):
-    (run,) = write_arm(tmp_path, [1], [(5,)], {})
-    with pytest.raises(UserError, match="no clone among its parents"):
-        compare_runs.charges(compare_runs.read_run(run))
+def run_with(parents):
+    return {"summary": {"run": "run"}, "config": {"parents": parents}}
+
+
+def test_what_a_run_owes():
+    assert compare_runs.charges(run_with(LINEAGE)) == (50, 200)
+    # fine-tuned from a run that was itself fine-tuned from the clone: its steps count too, and nothing twice
+    tuned = {"sha256": "t", "steps": 30, "config": {"script": "ppo_continuous", "parents": LINEAGE}}
+    assert compare_runs.charges(run_with({"runs/tuned/best.pt": tuned, **LINEAGE})) == (50, 230)
+    # a scripted expert took no training
+    scripted = {**DATASET, "parents": {}}
+    clone = {**CLONE, "config": {"script": "bc_pretrain", "parents": {"x.npz": {"sha256": "d", "config": scripted}}}}
+    assert compare_runs.charges(run_with({"runs/clone/best.pt": clone})) == (50, 0)
+
+
+@pytest.mark.parametrize(
+    ("parents", "message"),
+    [
+        ({}, "began from scratch"),
+        ({"model.onnx": {"sha256": "m", "steps": None, "config": None}}, "began from scratch"),
+        ({"expert.pt": {"sha256": "x", "steps": None, "config": None}}, "nothing says how many steps expert.pt took"),
+        ({"runs/x/best.pt": {**EXPERT, "steps": None}}, "of a run without a summary.json"),
+    ],
+)
+def test_what_a_run_owes_must_be_known(parents, message):
+    with pytest.raises(UserError, match=message):
+        compare_runs.charges(run_with(parents))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"status": "interrupted"}, "interrupted; compare complete runs"),
+        ({"eval_every": 50}, "has eval_every 50, and .* None; compare like with like"),
+        ({"total_timesteps": 500}, "has total_timesteps 500, and .* 400"),
+        ({"pretrained": None}, None),
+    ],
+)
+def test_runs_that_were_not_judged_alike(tmp_path, change, message):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    scratch = [compare_runs.read_run(run) for run in write_arm(tmp_path / "a", [(5, 5)], {})]
+    tuned = [compare_runs.read_run(run) for run in write_arm(tmp_path / "b", [(5, 5)], LINEAGE, **change)]
+    if message is None:
+        compare_runs.require_alike(scratch, tuned)
+        return
+    with pytest.raises(UserError, match=message):
+        compare_runs.require_alike(scratch, tuned)
+
+
+def test_a_run_counts_once_and_on_its_side(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    (scratch,) = (compare_runs.read_run(run) for run in write_arm(tmp_path / "a", [(5, 5)], {}))
+    (tuned,) = (compare_runs.read_run(run) for run in write_arm(tmp_path / "b", [(5, 5)], LINEAGE))
+    with pytest.raises(UserError, match="named more than once"):
+        compare_runs.require_alike([scratch, scratch], [tuned])
+    with pytest.raises(UserError, match="began from a policy, so it is no run for --baseline"):
+        compare_runs.require_alike([tuned], [scratch])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +248,11 @@ def test_a_run_from_scratch_among_the_pretrained_ones(tmp_path):
         ({"runs": ("a",), "baseline": ("a",), "pretrained": ("a",)}, "name run directories, or"),
         ({"runs": ("a",), "group": "x"}, "--group names a comparison"),
         ({"baseline": ("a",), "pretrained": ("a",)}, "say what counts as converged"),
-        ({"runs": ("a",), "window": 0}, "--window must be at least 1, not 0"),
+        ({"runs": ("a",), "window": 2}, "--criterion and --window are for a comparison"),
+        (
+            {"baseline": ("a",), "pretrained": ("a",), "criterion": {"x": 1.0}, "window": 0},
+            "--window must be at least 1",
+        ),
     ],
 )
 def test_what_does_not_go_together(args, message):
@@ -195,12 +264,15 @@ def test_a_named_comparison_leaves_its_report(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib").use("Agg")
     for name in "ab":
         (tmp_path / name).mkdir()
-    baseline = write_arm(tmp_path / "a", [1], [(1, 5, 5)], {})
-    pretrained = write_arm(tmp_path / "b", [1], [(5, 5, 5)], LINEAGE)
+    baseline = write_arm(tmp_path / "a", [(1, 5, 5)], {})
+    pretrained = write_arm(tmp_path / "b", [(5, 5, 5)], LINEAGE)
     line = ["compare", "--baseline", *baseline, "--pretrained", *pretrained, "--criterion", "mean_return", "5"]
     line += ["--window", "2", "--group", "pendulum", "--run-root", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", line)
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     compare_runs.main()
+    for s, handler in before.items():
+        signal.signal(s, handler)
     folder = tmp_path / "comparisons"
     assert json.loads((folder / "pendulum.json").read_text())["ratio"]["fine_tuning"]["value"] == 0.5
     assert (folder / "pendulum.md").read_text().count("fine-tuning alone | 0.50") == 1

@@ -58,7 +58,7 @@ def test_five_commands_lead_from_an_expert_to_a_comparison(do, capsys):
     do(bc, "validate home")
     do(bc, "train --dataset home --run-name clone --epochs 20 --learning-rate 3e-3")
     do(ppo_continuous, f"{PPO} --total-timesteps 8192 --run-name scratch --seed 2")
-    do(ppo_continuous, f"{PPO} --total-timesteps 2048 --pretrained runs/clone --critic-warmup 1 --run-name tuned")
+    do(ppo_continuous, f"{PPO} --total-timesteps 8192 --pretrained runs/clone --critic-warmup 1 --run-name tuned")
     capsys.readouterr()
     criterion = "--criterion mean_return -20 --window 1"
     do(compare_runs, f"--baseline runs/scratch --pretrained runs/tuned {criterion}")
@@ -72,17 +72,26 @@ def test_five_commands_lead_from_an_expert_to_a_comparison(do, capsys):
     assert [one["sha256"] for one in (clone, dataset, expert)] == [
         run.sha256(Path(path)) for path in ("runs/clone/best.pt", "runs/datasets/home.npz", "runs/expert/best.pt")
     ]
-    steps = json.loads(Path("runs/datasets/home.json").read_text())["steps"]
+    steps = json.loads(Path("runs/datasets/home.json").read_text())["played"]["env_steps"]
     assert compare_runs.charges(compare_runs.read_run("runs/tuned")) == (steps, 8192)
 
 
-def test_evaluations_before_and_after_each_of_the_first_updates(do):
-    do(ppo_continuous, f"{PPO} --total-timesteps 4096 --eval-every 2048 --eval-first 3 --run-name first")
-    do(ppo_continuous, f"{PPO} --total-timesteps 4096 --eval-every 2048 --run-name plain")
-    evaluations = lines(Path("runs/first/evaluations.jsonl"))
-    assert [e["step"] for e in evaluations] == [0, 512, 1024, 1536, 2048, 4096]
-    plain = lines(Path("runs/plain/evaluations.jsonl"))  # looking changes nothing
-    assert [e["mean_return"] for e in plain] == [evaluations[4]["mean_return"], evaluations[5]["mean_return"]]
+def test_evaluations_before_each_of_the_first_updates_change_nothing(do):
+    line = f"{PPO} --total-timesteps 4096 --eval-every 2048"
+    do(ppo_continuous, f"{line} --eval-first 3 --run-name looked")
+    do(ppo_continuous, f"{line} --run-name plain")
+    assert [one["step"] for one in lines(Path("runs/looked/first_evaluations.jsonl"))] == [0, 512, 1024]
+    looked, plain = (lines(Path(f"runs/{name}/evaluations.jsonl")) for name in ("looked", "plain"))
+    assert looked == plain
+    assert [one["step"] for one in plain] == [2048, 4096]
+    assert not Path("runs/plain/first_evaluations.jsonl").exists()
+
+
+def test_a_run_that_resumes_looks_once_at_each(do):
+    line = f"{PPO} --eval-first 3 --checkpoint-every 512 --no-anneal-lr --run-name run"
+    do(ppo_continuous, f"{line} --total-timesteps 1024")
+    do(ppo_continuous, "--resume runs/run --total-timesteps 2048")
+    assert [one["step"] for one in lines(Path("runs/run/first_evaluations.jsonl"))] == [0, 512, 1024]
 
 
 # Clones that look at a grid

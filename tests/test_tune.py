@@ -64,8 +64,10 @@ def test_what_a_sweep_says(tmp_path):
         ("[space.learning_rate]", "[space.learnin_rate]", "learnin_rate is no setting of ppo_continuous"),
         ("[space.learning_rate]", "[space.run_name]", "run_name is no setting of ppo_continuous that a study can set"),
         ("low = 1e-4", 'low = "small"', "space.learning_rate must have numbers, low below high"),
+        ("low = 1e-4", "low = 0.0", "low below high, and with log both above 0"),
         ("low = 1e-4", "low = 1", "space.learning_rate must have numbers, low below high"),
         ("low = 1e-4", "lowest = 1e-4", "space.learning_rate must have choices, or low and high"),
+        ("[space.learning_rate]", "[space.num_steps]", "space.num_steps must have whole numbers"),
         ("[[8], [8, 8]]", "[8]", "hidden_sizes cannot be 8"),
         ("[[8], [8, 8]]", "[]", "choices must be a list of values"),
         ("num_envs = 2", 'num_envs = "two"', "num_envs cannot be 'two'"),
@@ -126,15 +128,17 @@ def test_contacts_of_both_kinds_are_one_rate():
 
 def test_settings_become_a_command_line():
     values = {"learning_rate": 1e-3, "norm_obs": False, "anneal_lr": True, "hidden_sizes": [8, 4]}
-    line = tune.flags({**values, "env_kwargs": {"terrain": "flat", "speed": 2}})
+    types = {**tune.types_of("ppo_continuous"), "norm_obs": bool}
+    line = tune.flags({**values, "env_kwargs": {"terrain": "flat", "speed": 2}}, types)
     assert line == [
         *("--learning-rate", "0.001", "--no-norm-obs", "--anneal-lr", "--hidden-sizes", "8", "4"),
         *("--env-kwargs", "terrain", "flat", "speed", "2"),
     ]
+    assert tune.flags({"norm_obs": False}, tune.types_of("bc_pretrain")) == ["--norm-obs", "False"]
 
 
 def test_a_study_from_end_to_end(tmp_path):
-    """Two trials are infeasible by a bound that splits them; the study goes on to a larger number of trials."""
+    """Two trials at a time; a study that is complete goes on to a larger number of trials."""
     path = write(tmp_path)
     args = tune.Args(sweep=path, jobs=2, run_root=str(tmp_path / "runs"))
     best = tune.tune(args)
@@ -154,6 +158,79 @@ def test_a_study_from_end_to_end(tmp_path):
     tune.tune(args)
     assert "4 trials" in (folder / "summary.md").read_text()
     assert sorted(entry.name for entry in folder.glob("trial_*[0-9]")) == [f"trial_{i:03d}" for i in range(4)]
+
+
+class Ended:
+    """A trial as `settle` sees it, with these evaluations, the best of them the first."""
+
+    def __init__(self, sweep, study, folder, evaluations):
+        self.sweep, self.trial, self.folder = sweep, study.ask(), folder
+        self.process = type("Process", (), {"returncode": 0})
+        folder.mkdir(exist_ok=True)
+        (folder / "evaluations.jsonl").write_text("".join(json.dumps(one) + "\n" for one in evaluations))
+        (folder / "summary.json").write_text(json.dumps({"best": evaluations[0]}))
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("infeasible", ["penalize", "prune"])
+@pytest.mark.parametrize(("direction", "best"), [("maximize", 1), ("minimize", 2)])
+def test_an_infeasible_trial_is_never_the_best(tmp_path, infeasible, direction, best):
+    """Values 9, 5, 3, 0, of which the first and the last break the constraint."""
+    options = f'infeasible = "{infeasible}"\ndirection = "{direction}"\n'
+    sweep = tune.load_sweep(write(tmp_path, f"{options}{SWEEP}\n[constraints]\njerk_max = 1.0\n"))
+    study = tune.open_study(sweep, tmp_path / "sweep.toml", tmp_path / "studies")
+    for value, jerk in ((9.0, 1.5), (5.0, 1.0), (3.0, 0.0), (0.0, 2.0)):
+        tune.settle(study, Ended(sweep, study, tmp_path / "trial", [evaluation(1, value, jerk=jerk)]))
+    assert tune.best_of(study, sweep).number == best
+    told = [trial.value for trial in study.trials]
+    assert told[1:3] == [5.0, 3.0]
+    if infeasible == "prune":
+        assert [trial.state.name for trial in study.trials] == ["PRUNED", "COMPLETE", "COMPLETE", "PRUNED"]
+    else:
+        sign = 1 if direction == "maximize" else -1
+        assert (told[0], told[3]) == (9.0 - sign * (1e6 + 500), 0.0 - sign * (1e6 + 1000))
+    assert "infeasible: jerk_max by 0.5" in tune.report(study, sweep)
+
+
+def test_a_study_without_a_feasible_trial_says_so(tmp_path):
+    sweep = tune.load_sweep(write(tmp_path, f"{SWEEP}\n[constraints]\njerk_max = 1.0\n"))
+    study = tune.open_study(sweep, tmp_path / "sweep.toml", tmp_path / "studies")
+    tune.settle(study, Ended(sweep, study, tmp_path / "trial", [evaluation(1, 1.0, jerk=2.0)]))
+    assert tune.best_of(study, sweep) is None
+    assert "1 trials, 0 of them feasible. No trial keeps all constraints" in tune.report(study, sweep)
+
+
+def test_a_trial_worse_than_the_median_of_the_others_is_stopped(tmp_path):
+    sweep = tune.load_sweep(write(tmp_path, f"{SWEEP}\n[pruning]\nfirst_trials = 2\nfirst_evaluations = 2\n"))
+    study = tune.open_study(sweep, tmp_path / "sweep.toml", tmp_path / "studies")
+    for value in (5.0, 6.0):
+        good = study.ask()
+        for step in (100, 200):
+            good.report(value, step)
+        study.tell(good, value)
+    bad = tune.Trial.__new__(tune.Trial)
+    bad.trial, bad.sweep, bad.folder, bad.seen = study.ask(), sweep, tmp_path, 0
+    bad.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    log = tmp_path / "evaluations.jsonl"
+    log.write_text(json.dumps(evaluation(100, 1.0)) + "\n")
+    assert not bad.poll()  # its second evaluation decides
+    log.write_text("".join(json.dumps(evaluation(step, 1.0)) + "\n" for step in (100, 200)))
+    assert bad.poll()
+    assert bad.process.poll() is not None
+    bad.close = lambda: None
+    tune.settle(study, bad)
+    assert tune.outcome(study.trials[2]) == "stopped at step 200"
+
+
+def test_a_metric_that_does_not_exist_shows_at_the_first_evaluation(tmp_path):
+    path = write(tmp_path, SWEEP.replace("mean_return", "snqi"))
+    args = tune.Args(sweep=path, run_root=str(tmp_path / "runs"))
+    with pytest.raises(UserError, match="evaluations have no figure 'snqi'"):
+        tune.tune(args)
+    write(tmp_path, SWEEP.replace("trials = 3", "trials = 1"))  # mended, the study goes on
+    assert tune.tune(args) is not None
 
 
 def test_a_script_that_refuses_its_settings_ends_the_study(tmp_path):

@@ -28,6 +28,9 @@ from envs.rollout import LOWER_IS_BETTER
 from envs.run import UserError, read_json, read_jsonl, read_progress, write_json, write_whole
 
 RESAMPLES = 10_000  # of a bootstrap
+FEWEST = 3  # runs of which one says anything
+# Settings in which runs that are compared must not differ
+JUDGED = ("env_id", "env_kwargs", "eval_env_kwargs", "total_timesteps", "eval_every", "eval_episodes", "eval_seed")
 
 
 @dataclass
@@ -58,6 +61,8 @@ def read_run(path: str) -> dict:
     if not (folder / "summary.json").is_file():
         raise UserError(f"{path}: not a finished run (it has no summary.json)")
     files = {name: folder / f"{name}.json" for name in ("config", "summary", "test")}
+    if not files["config"].is_file():
+        raise UserError(f"{path}: has no config.json, which says what it ran with")
     run = {name: read_json(file) if file.exists() else None for name, file in files.items()}
     if run["test"] is not None and run["test"].get("sha256") != run["summary"]["sha256"]["best.pt"]:
         print(f"{path}: test.json is of another best.pt; evaluate again", file=sys.stderr)
@@ -161,23 +166,34 @@ def resampled_means(values: list[float], seed: int) -> np.ndarray:
 
 
 def charges(run: dict) -> tuple[int, int]:
-    """Steps that a fine-tuned run owes: of the demonstrations of its clone, and of its expert's training.
+    """Steps that a fine-tuned run owes: all that were played for demonstrations, and all that training its experts
+    took. Each file that it came from counts once.
 
     Raises:
-        UserError: its config.json does not say where it came from.
+        UserError: its config.json does not say what it came from, or how many steps that took.
     """
-    demonstrations = [
-        dataset["config"]
-        for clone in run["config"]["parents"].values()
-        for path, dataset in ((clone["config"] or {}).get("parents") or {}).items()
-        if path.endswith(".npz") and dataset["config"]
-    ]
-    if not demonstrations:
-        raise UserError(
-            f"{run['summary']['run']}: no clone among its parents; --pretrained is for runs that began from one"
-        )
-    expert = [parent.get("steps") or 0 for made in demonstrations for parent in made.get("parents", {}).values()]
-    return sum(made["steps"] for made in demonstrations), sum(expert)
+    owed, seen, name = {"demonstrations": 0, "experts": 0}, set(), run["summary"]["run"]
+
+    def add(parents: dict) -> None:
+        for path, parent in parents.items():
+            about = parent["config"]
+            if not path.endswith((".pt", ".npz")) or parent["sha256"] in seen:
+                continue  # files that are no policy of ours, such as a model that the environment runs on
+            seen.add(parent["sha256"])
+            if about is None:
+                raise UserError(f"{name}: nothing says how many steps {path} took; keep it in its run directory")
+            if path.endswith(".npz"):
+                owed["demonstrations"] += about["played"]["env_steps"]
+            elif about["script"] != "bc_pretrain":  # a clone's own steps are passes over demonstrations
+                if parent["steps"] is None:
+                    raise UserError(f"{name}: {path} is of a run without a summary.json; let it finish")
+                owed["experts"] += parent["steps"]
+            add(about.get("parents", {}))
+
+    add(run["config"]["parents"])
+    if not seen:
+        raise UserError(f"{name}: began from scratch, so it is no run for --pretrained")
+    return owed["demonstrations"], owed["experts"]
 
 
 def arm(runs: list[dict], criterion: dict[str, float], window: int) -> dict:
@@ -189,50 +205,79 @@ def arm(runs: list[dict], criterion: dict[str, float], window: int) -> dict:
     return {"runs": names, "converged_at": reached, "budget": budget, "steps": steps, "censored": reached.count(None)}
 
 
-def ratio(baseline: dict, pretrained: dict, extra: int) -> dict:
-    """Mean steps of the pretrained runs, each with `extra` on top, as a share of the baseline's, and its 95 % interval.
+def ratio(baseline: dict, pretrained: dict, owed: list[int]) -> dict:
+    """Mean steps of the pretrained runs, each with what it owes on top, as a share of the baseline's, and the 95 %
+    interval of a bootstrap over runs, from three on.
 
     bound: "<=" if a baseline never converged, so that it would have taken longer; ">=" if a pretrained run did not;
-    "?" if both."""
-    ours, theirs = [steps + extra for steps in pretrained["steps"]], baseline["steps"]
+    "?" if both, when nothing can be said."""
+    ours, theirs = np.add(pretrained["steps"], owed), baseline["steps"]
+    censored = (bool(baseline["censored"]), bool(pretrained["censored"]))
+    bound = {(False, False): "=", (True, False): "<=", (False, True): ">=", (True, True): "?"}[censored]
     low, high = interval(resampled_means(ours, 1) / resampled_means(theirs, 2))
-    bound = {(0, 0): "=", (1, 0): "<=", (0, 1): ">=", (1, 1): "?"}[
-        bool(baseline["censored"]), bool(pretrained["censored"])
-    ]
-    return {"value": float(np.mean(ours) / np.mean(theirs)), "low": low, "high": high, "bound": bound}
+    known = min(len(ours), len(theirs)) >= FEWEST and bound != "?"
+    spread = {"low": low, "high": high} if known else {"low": None, "high": None}
+    return {"value": float(np.mean(ours) / np.mean(theirs)), **spread, "bound": bound}
 
 
-def finals(runs: list[dict]) -> dict[str, dict]:
-    """{figure: mean over the runs with its 95 % interval} of their tests, or else of their best validation."""
-    tested = all(run["test"] is not None for run in runs)
-    results = [run["test"] if tested else run["summary"]["best"] for run in runs]
+def finals(runs: list[dict], of: str) -> dict[str, dict]:
+    """{figure: mean over the runs with the 95 % interval of a bootstrap, and each} of their test, or of the best
+    validation."""
+    results = [run["test"] if of == "test" else run["summary"]["best"] for run in runs]
     found = {}
     for name in ("success_rate", "failure_rate", "mean_return", "mean_length", *results[0]["metrics"]):
-        values = [{**result, **result["metrics"]}[name] for result in results]
+        values = [{**result, **result["metrics"]}.get(name) for result in results]
         if None not in values:
-            low, high = interval(resampled_means(values, 3))
+            low, high = interval(resampled_means(values, 3)) if len(values) >= FEWEST else (None, None)
             found[name] = {"mean": float(np.mean(values)), "low": low, "high": high, "each": values}
-    return {"of": "test" if tested else "validation", "figures": found}
+    return found
+
+
+def require_alike(baseline: list[dict], pretrained: list[dict]) -> None:
+    """Raises UserError unless all runs are complete, differ from one another, and were judged alike."""
+    runs = [*baseline, *pretrained]
+    names = [str(Path(run["summary"]["run"])) for run in runs]
+    for run, name in zip(runs, names):
+        if run["summary"]["status"] != "completed":
+            raise UserError(f"{name}: {run['summary']['status']}; compare complete runs, or finish it with --resume")
+        if names.count(name) > 1:
+            raise UserError(f"{name}: named more than once")
+    for run, name in zip(baseline, names):
+        if run["config"]["args"].get("pretrained") is not None:
+            raise UserError(f"{name}: began from a policy, so it is no run for --baseline")
+    for setting in JUDGED:
+        values = {name: run["config"]["args"].get(setting) for run, name in zip(runs, names)}
+        for name, value in values.items():
+            if value != values[names[0]]:
+                raise UserError(
+                    f"{name}: has {setting} {value}, and {names[0]} {values[names[0]]}; compare like with like"
+                )
 
 
 def compare(baseline: list[dict], pretrained: list[dict], args: Args) -> dict:
     """What the report says of two arms."""
+    require_alike(baseline, pretrained)
     arms = {
         name: arm(runs, args.criterion, args.window)
         for name, runs in (("baseline", baseline), ("pretrained", pretrained))
     }
-    owed = [charges(run) for run in pretrained]
-    demonstrations, expert = (float(np.mean(x)) for x in zip(*owed))
-    extra = {"fine_tuning": 0, "with_demonstrations": demonstrations, "with_expert": demonstrations + expert}
+    demonstrations, experts = (np.array(x) for x in zip(*map(charges, pretrained)))
+    owed = {
+        "fine_tuning": 0 * demonstrations,
+        "with_demonstrations": demonstrations,
+        "with_expert": demonstrations + experts,
+    }
+    of = "test" if all(run["test"] is not None for run in (*baseline, *pretrained)) else "validation"
     return {
         "group": args.group,
         "criterion": args.criterion,
         "window": args.window,
         **arms,
-        "demonstration_steps": demonstrations,
-        "expert_steps": expert,
-        "ratio": {name: ratio(arms["baseline"], arms["pretrained"], steps) for name, steps in extra.items()},
-        "final": {"baseline": finals(baseline), "pretrained": finals(pretrained)},
+        "demonstration_steps": float(demonstrations.mean()),
+        "expert_steps": float(experts.mean()),
+        "ratio": {name: ratio(arms["baseline"], arms["pretrained"], steps) for name, steps in owed.items()},
+        "final_of": of,
+        "final": {"baseline": finals(baseline, of), "pretrained": finals(pretrained, of)},
     }
 
 
@@ -261,16 +306,17 @@ def describe(found: dict) -> str:
     for name, label in labels.items():
         one = found["ratio"][name]
         sign = "" if one["bound"] == "=" else f"{one['bound']} "
-        lines.append(f"| {label} | {sign}{one['value']:.2f} | {one['low']:.2f} to {one['high']:.2f} |")
-    finals_of = found["final"]
-    lines += ["", f"| final ({finals_of['baseline']['of']}) | baseline | pretrained |", "| --- | --- | --- |"]
-    for name in finals_of["baseline"]["figures"]:
+        spread = "-" if one["low"] is None else f"{sign}{one['low']:.2f} to {sign}{one['high']:.2f}"
+        lines.append(f"| {label} | {sign}{one['value']:.2f} | {spread} |")
+    lines += ["", f"| final ({found['final_of']}) | baseline | pretrained |", "| --- | --- | --- |"]
+    for name in found["final"]["baseline"]:
         cells = []
         for which in ("baseline", "pretrained"):
-            one = finals_of[which]["figures"].get(name)
-            cells.append("-" if one is None else f"{one['mean']:.4g} ({one['low']:.4g} to {one['high']:.4g})")
+            one = found["final"][which].get(name)
+            spread = "" if one is None or one["low"] is None else f" ({one['low']:.4g} to {one['high']:.4g})"
+            cells.append("-" if one is None else f"{one['mean']:.4g}{spread}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "Intervals are those of a bootstrap over runs, which are few: read them as rough."])
 
 
 def draw(groups: dict[str, list[dict]], path: Path, with_training: bool) -> None:
@@ -325,6 +371,8 @@ def check(args: Args) -> None:
         raise UserError("name run directories, or those of both --baseline and --pretrained")
     if args.group is not None and not arms:
         raise UserError("--group names a comparison of --baseline and --pretrained; leave it out")
+    if not arms and (args.criterion or args.window != Args().window):
+        raise UserError("--criterion and --window are for a comparison of --baseline and --pretrained; leave them out")
     if arms and not args.criterion:
         raise UserError("say what counts as converged: --criterion METRIC BOUND, such as success_rate 0.9")
     if args.window < 1:

@@ -6,7 +6,7 @@ sweep.toml says what to try, and what counts:
 
     script = "ppo_continuous"            # ppo_residual, ppo_grid_socnav, bc_pretrain
     trials = 12
-    metric = "mean_return"               # success_rate, failure_rate, mean_return, or a metric of the task such as snqi
+    metric = "mean_return"               # success_rate, failure_rate, collision_rate, or one of the task such as snqi
     objective = "best_checkpoint"        # its value at best.pt; final_eval, last_n_mean, auc: over the evaluations
     # direction = "maximize"             # if not given, as the metric has it: costs and contacts are minimised
     # infeasible = "penalize"            # or "prune": how a trial that breaks a constraint is told to the sampler
@@ -36,6 +36,7 @@ beside them lie study.db (SQLite, which optuna-dashboard reads) and summary.md, 
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -125,7 +126,7 @@ def load_sweep(path: str) -> Sweep:
 
 def require_settings(sweep: Sweep, path: str) -> None:
     """Raises UserError unless [args] sets, and [space] searches, settings of the script, with values that it takes."""
-    known = importlib.import_module(sweep.script).Args
+    types = types_of(sweep.script)
     for name, space in sweep.space.items():
         if name in sweep.args:
             raise UserError(f"{path}: {name} stands in [args] and in [space]; keep one")
@@ -135,9 +136,10 @@ def require_settings(sweep: Sweep, path: str) -> None:
             raise UserError(f"{path}: space.{name}.choices must be a list of values")
         ends = [space[end] for end in ("low", "high", "step") if end in space]
         numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
-        if not numbers or (ends and not ends[0] < ends[1]):
-            raise UserError(f"{path}: space.{name} must have numbers, low below high")
-    types = {f.name: f.type for f in fields(known)}
+        if not numbers or (ends and not ends[0] < ends[1]) or (space.get("log") and ends[0] <= 0):
+            raise UserError(f"{path}: space.{name} must have numbers, low below high, and with log both above 0")
+        if types.get(name) is int and not all(isinstance(end, int) for end in ends):
+            raise UserError(f"{path}: space.{name} must have whole numbers")
     values = [(name, value) for name, value in sweep.args.items()]
     for name, space in sweep.space.items():
         values += [(name, value) for value in space.get("choices", [space.get("low"), space.get("high")])]
@@ -148,22 +150,25 @@ def require_settings(sweep: Sweep, path: str) -> None:
             raise UserError(f"{path}: {name} cannot be {value!r}; {sweep.script}.py --help says what it takes")
 
 
-def suggest(trial: Any, name: str, space: dict) -> Any:
-    """The value of a setting in a trial."""
+def suggest(trial: Any, name: str, space: dict, whole: bool) -> Any:
+    """The value of a setting in a trial; whole: an integer."""
     if "choices" in space:  # what Optuna stores must be plain: a list of layers goes as its text
         chosen = trial.suggest_categorical(name, [json.dumps(choice) for choice in space["choices"]])
         return json.loads(chosen)
-    if isinstance(space["low"], int) and isinstance(space["high"], int):
-        return trial.suggest_int(name, **space)
-    return trial.suggest_float(name, **space)
+    return trial.suggest_int(name, **space) if whole else trial.suggest_float(name, **space)
 
 
-def flags(values: dict[str, Any]) -> list[str]:
+def types_of(script: str) -> dict[str, Any]:
+    """{setting: its type} of a script."""
+    return {f.name: f.type for f in fields(importlib.import_module(script).Args)}
+
+
+def flags(values: dict[str, Any], types: dict[str, Any]) -> list[str]:
     """Settings as a command line."""
     line: list[str] = []
     for name, value in values.items():
         flag = name.replace("_", "-")
-        if isinstance(value, bool):
+        if types[name] is bool:
             line.append(f"--{'' if value else 'no-'}{flag}")
         elif isinstance(value, dict):
             line += [f"--{flag}", *(str(x) for pair in value.items() for x in pair)]
@@ -217,17 +222,20 @@ class Trial:
 
     def __init__(self, sweep: Sweep, trial: Any, folder: Path):
         self.trial, self.sweep, self.folder, self.seen = trial, sweep, folder / f"trial_{trial.number:03d}", 0
-        values = {name: suggest(trial, name, space) for name, space in sweep.space.items()}
+        types = types_of(sweep.script)
+        values = {name: suggest(trial, name, space, types[name] is int) for name, space in sweep.space.items()}
         line = [sys.executable, str(ROOT / f"{sweep.script}.py"), *["train"] * (sweep.script == "bc_pretrain")]
-        line += flags({**sweep.args, **values, "run_root": str(folder), "run_name": self.folder.name})
+        line += flags({**sweep.args, **values, "run_root": str(folder), "run_name": self.folder.name}, types)
         self.log = open(folder / f"{self.folder.name}.log", "wb")  # noqa: SIM115 (open while the trial runs)
         self.process = subprocess.Popen(line, stdout=self.log, stderr=subprocess.STDOUT)
+        trial.set_user_attr("pid", self.process.pid)
 
     def poll(self) -> bool:
         """Tell the study of new evaluations, and stop the trial if it is not worth going on. Whether it has ended."""
         ended = self.process.poll() is not None  # asked first: what was written before is read below
         evaluations = read_jsonl(self.folder / "evaluations.jsonl")
         for evaluation in evaluations[self.seen :]:
+            violations(self.sweep, [evaluation], evaluation)  # a misspelt name shows here, not at the end of the trial
             self.trial.report(measured(evaluation, self.sweep.metric), evaluation["step"])
         new, self.seen = len(evaluations) > self.seen, len(evaluations)
         due = self.sweep.pruning and new and self.seen >= self.sweep.pruning.get("first_evaluations", 1)
@@ -246,9 +254,10 @@ class Trial:
         self.log.close()
 
     def error(self) -> str:
-        """The last line that the script wrote."""
+        """What the script said was wrong."""
         lines = Path(self.log.name).read_text(errors="replace").strip().splitlines()
-        return lines[-1].removeprefix("error: ") if lines else f"exit status {self.process.returncode}"
+        ours = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return [f"exit status {self.process.returncode}; see {self.log.name}", *ours][-1]
 
 
 def open_study(sweep: Sweep, path: Path, folder: Path) -> Any:
@@ -269,20 +278,28 @@ def open_study(sweep: Sweep, path: Path, folder: Path) -> Any:
     # The sampler's generator is not stored: one that goes on draws anew
     study.sampler = optuna.samplers.TPESampler(seed=sweep.seed + len(study.trials))
     settings = {name: value for name, value in asdict(sweep).items() if name != "trials"}
-    if study.user_attrs.get("sweep", settings) != json.loads(json.dumps(settings)):
+    if ended(study) and study.user_attrs["sweep"] != json.loads(json.dumps(settings)):
         raise UserError(f"{folder} holds a study of other settings; rename {path.name}, or remove that folder")
     study.set_user_attr("sweep", settings)
     for old in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+        stop_orphan(old.user_attrs.get("pid"), folder / f"trial_{old.number:03d}")
         study.tell(old.number, state=optuna.trial.TrialState.FAIL)
         study.enqueue_trial(old.params)
     return study
+
+
+def stop_orphan(pid: int | None, folder: Path) -> None:
+    """Stop the process of a trial whose study was killed, if it still runs."""
+    shown = subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True).stdout if pid else ""
+    if f"--run-name {folder.name}" in shown and str(folder.parent) in shown:
+        os.kill(pid, signal.SIGTERM)
 
 
 def settle(study: Any, trial: Trial) -> None:
     """Tell the study how a trial ended.
 
     Raises:
-        UserError: the script refused its settings.
+        UserError: the script refused its settings, and had not yet taken any.
     """
     from optuna.trial import TrialState
 
@@ -294,8 +311,8 @@ def settle(study: Any, trial: Trial) -> None:
     if trial.process.returncode != 0:
         ours.set_user_attr("error", trial.error())
         study.tell(ours, state=TrialState.FAIL)
-        if trial.process.returncode == 2:
-            raise UserError(f"{trial.folder.name}: {trial.error()}")
+        if trial.process.returncode == 2 and not any("value" in other.user_attrs for other in ended(study)):
+            raise UserError(f"{trial.folder.name}: {trial.error()}")  # nothing has worked so far, so nothing may ever
         return
     best = read_json(trial.folder / "summary.json")["best"]
     evaluations = read_jsonl(trial.folder / "evaluations.jsonl")
