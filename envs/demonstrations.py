@@ -282,7 +282,7 @@ def misaligned(found: Demonstrations, vec: Any) -> str:
     """Without a clone that drives, what was played is what was meant, or that with noise of a known deviation; pairs
     that are off by a step differ by more."""
     collected, space = found.manifest.get("collected_with", {}), vec.single_action_space
-    if collected.get("dagger") is not None or found.action.shape[1:] != space.shape:
+    if collected.get("dagger") is not None or found.action.shape[1:] != space.shape or not_finite_actions(found):
         return ""
     noise = collected.get("action_noise", 0.0)
     seen = ((found.played - found.action) / ((space.high - space.low) / 2)).std()

@@ -67,7 +67,7 @@ def test_what_a_sweep_says(tmp_path):
         ("low = 1e-4", "low = 0.0", "low below high, and with log both above 0"),
         ("low = 1e-4", "low = 1", "space.learning_rate must have numbers, low below high"),
         ("low = 1e-4", "lowest = 1e-4", "space.learning_rate must have choices, or low and high"),
-        ("[space.learning_rate]", "[space.num_steps]", "space.num_steps must have whole numbers"),
+        ("[space.learning_rate]", "[space.update_epochs]", "space.update_epochs must have whole numbers"),
         ("[[8], [8, 8]]", "[8]", "hidden_sizes cannot be 8"),
         ("[[8], [8, 8]]", "[]", "choices must be a list of values"),
         ("num_envs = 2", 'num_envs = "two"', "num_envs cannot be 'two'"),
@@ -165,6 +165,8 @@ class Ended:
 
     def __init__(self, sweep, study, folder, evaluations):
         self.sweep, self.trial, self.folder = sweep, study.ask(), folder
+        for name, space in sweep.space.items():
+            tune.suggest(self.trial, name, space, whole=False)
         self.process = type("Process", (), {"returncode": 0})
         folder.mkdir(exist_ok=True)
         (folder / "evaluations.jsonl").write_text("".join(json.dumps(one) + "\n" for one in evaluations))
@@ -207,6 +209,8 @@ def test_a_trial_worse_than_the_median_of_the_others_is_stopped(tmp_path):
     study = tune.open_study(sweep, tmp_path / "sweep.toml", tmp_path / "studies")
     for value in (5.0, 6.0):
         good = study.ask()
+        for name, space in sweep.space.items():
+            tune.suggest(good, name, space, whole=False)
         for step in (100, 200):
             good.report(value, step)
         study.tell(good, value)
