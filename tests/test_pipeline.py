@@ -140,7 +140,13 @@ def test_a_clone_that_looks_at_a_grid_is_one_that_ppo_goes_on_from(dataset, tmp_
 
     monkeypatch.setattr(ppo_grid_socnav, "learn", spy)
     settings = {"env_kwargs": PLACE, "num_envs": 2, "num_steps": 8, "minibatch_size": 16, "hidden_sizes": (16,)}
-    settings |= {"dry_run": True, "pretrained": summary["run"], "run_root": str(tmp_path), "run_name": "tuned"}
+    settings |= {
+        "threads": 1,
+        "dry_run": True,
+        "pretrained": summary["run"],
+        "run_root": str(tmp_path),
+        "run_name": "tuned",
+    }
     ppo_grid_socnav.train(ppo_grid_socnav.Args.tuned(encoder, **settings))
     obs = next(found.chunks(8))
     assert np.array_equal(seen[0](obs), clone(obs))
@@ -151,7 +157,13 @@ def test_critic_warmup_leaves_a_grid_policy_as_it_is(dataset, tmp_path, monkeypa
     """Its encoders are the actor's own and the critic's own."""
     monkeypatch.setattr(run, "export_onnx", lambda agent, obs, path, *about: path.write_bytes(b"onnx"))
     settings = {"env_kwargs": PLACE, "num_envs": 4, "num_steps": 16, "minibatch_size": 32, "hidden_sizes": (16,)}
-    settings |= {"total_timesteps": 192, "critic_warmup": 2, "eval_episodes": 1, "run_root": str(tmp_path)}
+    settings |= {
+        "threads": 1,
+        "total_timesteps": 192,
+        "critic_warmup": 2,
+        "eval_episodes": 1,
+        "run_root": str(tmp_path),
+    }
     settings |= {"final_log_std": None, "eval_every": 0, "checkpoint_every": 64, "run_name": "run"}
     ppo_grid_socnav.train(ppo_grid_socnav.Args.tuned(**settings))
     first, second, third = (
