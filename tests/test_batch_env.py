@@ -555,13 +555,20 @@ def test_rollout_tells_of_every_step():
     seen = []
     results = rollout(approach, Toy(2), 5, 0, lambda *step: seen.append([x.copy() for x in step]), first=3)
     assert results == one_by_one(approach, 8, 0)[3:]
-    playing, reward, done = (np.stack(x) for x in zip(*seen))
+    playing, reward, terminated, done = (np.stack(x) for x in zip(*seen))
     assert playing[0].tolist() == [3, 4]
     for episode, result in enumerate(results, start=3):
         mine = playing == episode
         assert mine.sum() == result["length"]
         assert done[mine].tolist() == [False] * (result["length"] - 1) + [True]
+        assert terminated[mine].tolist() == [False] * (result["length"] - 1) + [result["length"] < LIMIT]
         assert reward[mine].sum() == pytest.approx(result["return"])
+
+
+def test_rollout_tells_of_every_episode():
+    told = []
+    results = rollout(approach, Toy(2), 5, 0, first=3, on_episode=lambda *episode: told.append(episode))
+    assert sorted(told, key=lambda episode: episode[0]) == list(enumerate(results, start=3))
 
 
 def test_rollout_names_the_episode_of_an_action_that_is_not_finite():

@@ -211,7 +211,7 @@ def test_an_episode_equals_the_official_loop(twin, roads, rows):
     roads(segments)
     vec, lat = LateralControl(rows, training=False, action_mode="absolute"), {}
 
-    def look(playing, reward, done):
+    def look(playing, reward, terminated, done):
         for i in np.flatnonzero(done):
             lat[playing[i]] = vec.lat[i].copy(), vec.steer[i].copy()
 
@@ -873,7 +873,7 @@ def test_an_evaluation_plays_each_segment_once_and_in_order(folder, rows, seed):
     vec = LateralControl(rows, training=False, split="test", test_path=folder)
     played = {}
 
-    def look(playing, reward, done):
+    def look(playing, reward, terminated, done):
         for i in np.flatnonzero(~done & (playing < 5)):
             assert played.setdefault(playing[i], vec.sim.segment[i]) == vec.sim.segment[i]
 
@@ -933,7 +933,9 @@ def test_a_snapshot_is_of_its_own_roads(folder):
 def test_a_run_notes_the_model_that_it_drove(folder):
     kwargs = {"model_path": str(EMBEDDED), "data_path": str(folder), "action_mode": "delta"}
     sha256 = hashlib.sha256(EMBEDDED.read_bytes()).hexdigest()
-    assert run.parents(ppo.Args(env_kwargs=kwargs)) == {str(EMBEDDED): {"sha256": sha256, "config": None}}
+    assert run.parents(ppo.Args(env_kwargs=kwargs)) == {
+        str(EMBEDDED): {"sha256": sha256, "config": None, "steps": None}
+    }
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("optuna")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import tune
