@@ -666,7 +666,7 @@ def inspect(args: InspectArgs) -> None:
         raise UserError(f"--episode must be from 0 to {len(found) - 1}, not {args.episode}")
     print(demonstrations.describe_episode(found, args.episode))
     if args.video or args.render:
-        command.require_extras(**{"--video": args.video})
+        command.require_extras({"--video": args.video})
         vec = demonstrated(found, render_mode=args.render or "rgb_array")
         path = found.file.with_name(f"{found.file.stem}_{args.episode}.mp4")
         try:
@@ -779,7 +779,7 @@ def train(args: Args) -> dict:
         FloatingPointError: the loss is not finite.
     """
     check(args)
-    command.require_extras(**{"--track": args.track, "--capture-video": args.capture_video})
+    command.require_extras({"--track": args.track, "--capture-video": args.capture_video})
     found, args = load_demonstrations(args)
     envs.check_evaluation(args)
     torch.set_num_threads(1)

@@ -178,15 +178,15 @@ def checked(args: Any) -> Any:
     check_env_kwargs(args.env_kwargs, args.eval_env_kwargs)
     if args.render is not None and args.capture_video:
         raise UserError("--render human and --capture-video exclude each other; leave one out")
-    require_extras(**{"--track": args.track, "--capture-video": args.capture_video})
+    require_extras({"--track": args.track, "--capture-video": args.capture_video})
     return args
 
 
 PACKAGE_OF = {"--track": ("wandb", "track"), "--capture-video": ("moviepy", "video"), "--video": ("moviepy", "video")}
 
 
-def require_extras(**given: bool) -> None:
-    """Raises UserError if a flag is given whose package is missing."""
+def require_extras(given: dict[str, bool]) -> None:
+    """{flag: whether it is given}. Raises UserError if one is whose package is missing."""
     for flag, is_given in given.items():
         package, extra = PACKAGE_OF[flag]
         if is_given and importlib.util.find_spec(package) is None:
