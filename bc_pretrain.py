@@ -605,22 +605,14 @@ def who_plays(args: CollectArgs) -> tuple[Policy, Policy | None, str, dict]:
         own = getattr(expert, "env_kwargs", {})
         settings = {**settings, **own, **args.env_kwargs}
     sense = {*run.MEANING, *run.SIGHT}  # what says what a policy sees, and what its actions mean
-    require_alike(args.policy, own, settings, sense if learned else {*own})
+    run.require_alike(args.policy, own, settings, sense if learned else {*own})
     clone = None
     if args.dagger is not None:
         clone, policy = trained(args.dagger)
         if policy["env_id"] != env_id:
             raise UserError(f"{args.dagger}: a policy for {policy['env_id']}, not {env_id}; give another")
-        require_alike(args.dagger, policy["env_kwargs"], settings, sense)
+        run.require_alike(args.dagger, policy["env_kwargs"], settings, sense)
     return expert, clone, env_id, settings
-
-
-def require_alike(source: str, theirs: dict, ours: dict, names: set[str]) -> None:
-    """Raises UserError if one of these arguments of the environment is another than the policy is for."""
-    for name in sorted(names):
-        if theirs.get(name) != ours.get(name):
-            there, here = (kwargs.get(name, "the default") for kwargs in (theirs, ours))
-            raise UserError(f"{source}: is for {name} {there}, not {here}; change --env-kwargs")
 
 
 def shared_out(total: int, parts: int) -> list[int]:
@@ -630,22 +622,7 @@ def shared_out(total: int, parts: int) -> list[int]:
 
 def validate(args: ValidateArgs) -> bool:
     """Print what is right and wrong with demonstrations, and note it in their manifest. Whether nothing is wrong."""
-    found = Demonstrations(run.dataset_file(args))
-    checks = demonstrations.problems(found, demonstrated(found))
-    for check, wrong in checks:
-        print(f"{'WRONG' if wrong else 'ok':5}  {check}{f': {wrong}' if wrong else ''}")
-    print(demonstrations.describe(found))
-    quality = demonstrations.quality(checks, len(found))
-    if quality != found.manifest.get("quality"):
-        run.write_json(found.file.with_suffix(".json"), {**found.manifest, "quality": quality})
-    print(f"{found.file}: {quality}")
-    return quality != "quarantined"
-
-
-def demonstrated(found: Demonstrations, **more: Any) -> VectorEnv:
-    """The environment that demonstrations are from, one row."""
-    settings = {"training": False, "split": "train", **found.manifest["env_kwargs"], **more}
-    return envs.make_vec(found.manifest["env_id"], 1, **settings)
+    return demonstrations.validate(Demonstrations(run.dataset_file(args)))
 
 
 def inspect(args: InspectArgs) -> None:
@@ -659,20 +636,13 @@ def inspect(args: InspectArgs) -> None:
         raise UserError("--video and --render show one episode; say which with --episode")
     if args.video and args.render:
         raise UserError("--render human and --video exclude each other; leave one out")
+    command.require_extras({"--video": args.video})
     if args.episode is None:
         print(demonstrations.describe(found))
         return
-    if not 0 <= args.episode < len(found):
-        raise UserError(f"--episode must be from 0 to {len(found) - 1}, not {args.episode}")
     print(demonstrations.describe_episode(found, args.episode))
     if args.video or args.render:
-        command.require_extras({"--video": args.video})
-        vec = demonstrated(found, render_mode=args.render or "rgb_array")
-        path = found.file.with_name(f"{found.file.stem}_{args.episode}.mp4")
-        try:
-            demonstrations.show(found, args.episode, vec, rollout.Film(vec, path) if args.video else None)
-        finally:
-            vec.close()
+        demonstrations.show(found, args.episode, args.render)
 
 
 def returns_to_go(reward: np.ndarray, start: np.ndarray, terminated: np.ndarray, gamma: float) -> np.ndarray:
@@ -765,7 +735,7 @@ def load_demonstrations(args: Args) -> tuple[Demonstrations, Args]:
     if len(found) < 2:
         raise UserError(f"{found.file}: one episode is too few to train and to validate; record more")
     env_id, env_kwargs = args.env_id or found.manifest["env_id"], found.manifest["env_kwargs"]
-    require_alike(str(found.file), env_kwargs, {**env_kwargs, **args.env_kwargs}, {*run.MEANING, *run.SIGHT})
+    run.require_alike(str(found.file), env_kwargs, {**env_kwargs, **args.env_kwargs}, {*run.MEANING, *run.SIGHT})
     args = replace(args, env_id=env_id, env_kwargs={**env_kwargs, **args.env_kwargs})
     tuned = {**UNTUNED, **TUNED.get(env_id, {})}.items()
     return found, replace(args, **{name: value for name, value in tuned if getattr(args, name) is None})

@@ -21,13 +21,16 @@ import os
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gymnasium.vector import VectorEnv
 
-from envs.run import UserError, read_json, sha256, unwritable
+import envs
+from envs.rollout import Film
+from envs.run import UserError, read_json, sha256, unwritable, write_json
 
 ENOUGH = 200  # episodes from which a dataset without problems counts as validated
 CHUNK = 4096  # steps that are read at a time
@@ -337,6 +340,25 @@ def wrong_figures(found: Demonstrations) -> str:
     return ""
 
 
+def demonstrated(found: Demonstrations, **more: Any) -> VectorEnv:
+    """The environment that demonstrations are from, one row."""
+    settings = {"training": False, "split": "train", **found.manifest["env_kwargs"], **more}
+    return envs.make_vec(found.manifest["env_id"], 1, **settings)
+
+
+def validate(found: Demonstrations) -> bool:
+    """Print what is right and wrong with demonstrations, and note it in their manifest. Whether nothing is wrong."""
+    checks = problems(found, demonstrated(found))
+    for check, wrong in checks:
+        print(f"{'WRONG' if wrong else 'ok':5}  {check}{f': {wrong}' if wrong else ''}")
+    print(describe(found))
+    judged = quality(checks, len(found))
+    if judged != found.manifest.get("quality"):
+        write_json(found.file.with_suffix(".json"), {**found.manifest, "quality": judged})
+    print(f"{found.file}: {judged}")
+    return judged != "quarantined"
+
+
 def quality(found: list[tuple[str, str]], episodes: int) -> str:
     """What the manifest calls demonstrations with these problems."""
     if any(wrong for _, wrong in found):
@@ -365,16 +387,24 @@ def describe(found: Demonstrations) -> str:
 
 
 def describe_episode(found: Demonstrations, episode: int) -> str:
+    """Raises UserError if there is no such episode."""
+    if not 0 <= episode < len(found):
+        raise UserError(f"--episode must be from 0 to {len(found) - 1}, not {episode}")
     steps, scenario = found.episode(episode), "" if found.scenario is None else f", {found.scenario[episode]}"
     result = "a success" if found.successes[episode] else "no success"
     about = f"return {found.returns[episode]:.3f}, {result}, seed {found.seed[episode].tolist()}{scenario}"
     return f"episode {episode}: {steps.stop - steps.start} steps, {about}"
 
 
-def show(found: Demonstrations, episode: int, vec: Any, film: Callable | None) -> None:
-    """Play an episode again, in vec's window or for a film."""
-    vec.reset(seed=[found.seed[episode].tolist()])
-    for played in found.played[found.episode(episode)]:
-        _, reward, terminated, truncated, _ = vec.step(played[None])
-        if film is not None:
-            film(np.zeros(1, int), reward, terminated, terminated | truncated)
+def show(found: Demonstrations, episode: int, window: str | None) -> None:
+    """Play an episode again, in a window ("human") or, with None, for a film beside the demonstrations."""
+    vec = demonstrated(found, render_mode=window or "rgb_array")
+    film = None if window else Film(vec, found.file.with_name(f"{found.file.stem}_{episode}.mp4"))
+    try:
+        vec.reset(seed=[found.seed[episode].tolist()])
+        for played in found.played[found.episode(episode)]:
+            _, reward, terminated, truncated, _ = vec.step(played[None])
+            if film is not None:
+                film(np.zeros(1, int), reward, terminated, terminated | truncated)
+    finally:
+        vec.close()

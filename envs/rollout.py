@@ -208,6 +208,15 @@ def by_scenario(results: list[dict]) -> dict[str, dict]:
     return table
 
 
+def figures(evaluation: dict) -> dict[str, float]:
+    """{name: value} of an evaluation's numbers, those of the task included, and collision_rate: contacts of all
+    kinds."""
+    values = {**evaluation, **evaluation["metrics"]}
+    if {"pedestrian_collision", "obstacle_collision"} <= values.keys():
+        values["collision_rate"] = values["pedestrian_collision"] + values["obstacle_collision"]
+    return {name: x for name, x in values.items() if isinstance(x, int | float) and name not in ("step", "seed")}
+
+
 def describe(result: dict) -> str:
     """An evaluation in one line."""
     parts = [f"return {result['mean_return']:.2f} +- {result['std_return']:.2f}", f"length {result['mean_length']:.1f}"]

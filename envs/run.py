@@ -652,6 +652,14 @@ def lineage(file: Path) -> dict[str, Any]:
     return {"sha256": sha256(file), "config": read_json(about) if about.exists() else None, "steps": steps}
 
 
+def require_alike(source: str, theirs: dict, ours: dict, names: set[str]) -> None:
+    """Raises UserError if one of these arguments of the environment is another than the policy is for."""
+    for name in sorted(names):
+        if theirs.get(name) != ours.get(name):
+            there, here = (kwargs.get(name, "the default") for kwargs in (theirs, ours))
+            raise UserError(f"{source}: is for {name} {there}, not {here}; change --env-kwargs")
+
+
 def require_same_files(source: str, env_kwargs: dict) -> None:
     """Raises UserError if a base policy, or a file among the environment's arguments, is another than in the run of
     `source`, a policy file or a run."""

@@ -24,7 +24,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from envs.command import command_line
-from envs.rollout import LOWER_IS_BETTER
+from envs.rollout import LOWER_IS_BETTER, figures
 from envs.run import UserError, read_json, read_jsonl, read_progress, write_json, write_whole
 
 RESAMPLES = 10_000  # of a bootstrap
@@ -133,12 +133,11 @@ def meets(evaluation: dict, criterion: dict[str, float]) -> bool:
     Raises:
         UserError: it has no such figure.
     """
-    figures = {**evaluation, **evaluation["metrics"]}
+    found = figures(evaluation)
     for name, bound in criterion.items():
-        if not isinstance(figures.get(name), int | float):
-            known = ", ".join(k for k, x in figures.items() if isinstance(x, int | float))
-            raise UserError(f"--criterion {name}: evaluations have no such figure; there are {known}")
-        if figures[name] > bound if name in LOWER_IS_BETTER else figures[name] < bound:
+        if name not in found:
+            raise UserError(f"--criterion {name}: evaluations have no such figure; there are {', '.join(found)}")
+        if found[name] > bound if name in LOWER_IS_BETTER else found[name] < bound:
             return False
     return True
 

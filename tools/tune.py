@@ -52,7 +52,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from envs import command
-from envs.rollout import LOWER_IS_BETTER
+from envs.rollout import LOWER_IS_BETTER, figures
 from envs.run import UserError, read_json, read_jsonl, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,13 +185,10 @@ def measured(evaluation: dict, metric: str) -> float:
     Raises:
         UserError: it has none of that name.
     """
-    values = {**evaluation, **evaluation["metrics"]}
-    if {"pedestrian_collision", "obstacle_collision"} <= values.keys():
-        values["collision_rate"] = values["pedestrian_collision"] + values["obstacle_collision"]
-    figures = {name: x for name, x in values.items() if isinstance(x, int | float) and name not in ("step", "seed")}
-    if metric not in figures:
-        raise UserError(f"evaluations have no figure {metric!r}; there are {', '.join(figures)}")
-    return float(figures[metric])
+    found = figures(evaluation)
+    if metric not in found:
+        raise UserError(f"evaluations have no figure {metric!r}; there are {', '.join(found)}")
+    return float(found[metric])
 
 
 def objective(sweep: Sweep, evaluations: list[dict], best: dict) -> float:
