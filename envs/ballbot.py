@@ -155,6 +155,8 @@ class Ballbot(BatchEnv):
         fall_penalty: of training only, subtracted for a fall.
         speed_limit: of training only, m/s: the reward has 2 speed_limit - speed for what is faster, so more pays less.
         max_tilt: of training only, degrees: what counts as a fall. Below 20 the robot learns to keep a margin.
+        stagger: of training only: the episode that `reset` begins is cut off after a random part of its time. Rows that
+            do not fall would else stand at the same point of their episodes, and a rollout show that part alone.
         threads: CPU threads of the simulator; the result does not depend on it.
 
     Raises:
@@ -178,6 +180,7 @@ class Ballbot(BatchEnv):
         fall_penalty: float = 0.0,
         speed_limit: float | None = None,
         max_tilt: float = MAX_TILT,
+        stagger: bool = False,
         threads: int = 1,
     ):
         check(terrain_height, max_episode_steps, action_repeat, threads)
@@ -185,6 +188,7 @@ class Ballbot(BatchEnv):
         observation_space = gym.spaces.Box(OBS_LOW, OBS_HIGH, dtype=np.float32)
         action_space = gym.spaces.Box(-1, 1, (3,), np.float32)
         super().__init__(num_envs, observation_space, action_space, max_episode_steps, training, split, render_mode)
+        self.stagger, self.limit = stagger and training, np.full(num_envs, max_episode_steps)
         self.uneven, self.action_repeat = terrain == "perlin" and terrain_height > 0, action_repeat
         self.goal = np.array([np.cos(np.radians(goal_direction)), np.sin(np.radians(goal_direction))])
         self.alive_reward = alive_reward if training else ALIVE_REWARD
@@ -209,7 +213,15 @@ class Ballbot(BatchEnv):
         self.metadata = {**self.metadata, "render_fps": 1 / (TIMESTEP * action_repeat)}
         self.view = View("chase", self.metadata["render_fps"])
 
+    def reset(self, *, seed: int | list | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        obs, info = super().reset(seed=seed, options=options)
+        if self.stagger:
+            for i in np.flatnonzero((options or {}).get("reset_mask", np.ones(self.num_envs, bool))):
+                self.limit[i] = self.rngs[i].integers(1, self.max_episode_steps + 1)
+        return obs, info
+
     def start(self, rows: np.ndarray) -> None:
+        self.limit[rows] = self.max_episode_steps
         self.batch.reset(rows, stage=mujoco.mjtStage.mjSTAGE_NONE)
         for i in rows:
             if self.uneven:
@@ -284,6 +296,7 @@ class Ballbot(BatchEnv):
             "physics": self.batch.state,
             "terrain_seed": self.terrain_seed,
             "steps": self.steps,
+            "limit": self.limit,
             "action": self.action,
             "distance": self.distance,
         }

@@ -157,11 +157,10 @@ class BatchEnv(gym.vector.VectorEnv):
             UserError: the snapshot is from an environment of another shape.
         """
         for name, array in self._everything().items():
-            if tuple(array.shape) != tuple(state["arrays"][name].shape):
-                raise UserError(
-                    f"the snapshot's {name} has another shape: it is from another version of this environment"
-                )
-            array[:] = state["arrays"][name]
+            saved = state["arrays"].get(name)
+            if saved is None or tuple(array.shape) != tuple(saved.shape):
+                raise UserError(f"the snapshot has no {name} of this shape: it is from another version")
+            array[:] = saved
         for rng, rng_state in zip(self.rngs, state["rngs"], strict=True):
             rng.bit_generator.state = rng_state
         return self.observe(np.arange(self.num_envs))

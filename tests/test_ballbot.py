@@ -364,6 +364,52 @@ def test_a_smaller_lean_may_count_as_a_fall_in_training_only(training, limit):
     assert np.degrees(np.linalg.norm(info["final_obs"][0, :2])) == pytest.approx(limit, abs=0.5)
 
 
+def first_and_second_ends(vec, steps):
+    """When each row's first two episodes were cut off."""
+    ends = [[] for _ in range(vec.num_envs)]
+    vec.reset(seed=0)
+    for step in range(1, steps + 1):
+        _, _, _, truncated, info = vec.step(still(vec.num_envs))
+        for i in np.flatnonzero(truncated):
+            assert not info["is_success"][i] or info["episode"]["l"][i] == vec.max_episode_steps
+            ends[i].append(step)
+    first, second = np.array([end[:2] for end in ends]).T
+    return first, second
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_staggered_rows_end_their_first_episodes_apart_in_training_only(training):
+    vec = Ballbot(6, training=training, stagger=True, max_episode_steps=100)
+    first, second = first_and_second_ends(vec, 200)
+    if training:
+        assert len(set(first)) > 3
+        assert first.max() < 100
+        np.testing.assert_array_equal(second - first, 100)
+    else:
+        np.testing.assert_array_equal(first, 100)
+        np.testing.assert_array_equal(second, 200)
+
+
+def test_a_snapshot_keeps_when_staggered_rows_end():
+    whole, resumed = (Ballbot(3, stagger=True, max_episode_steps=100) for _ in range(2))
+    whole.reset(seed=0)
+    resumed.reset(seed=1)
+    resumed.load_state_dict(whole.state_dict())
+    for _ in range(100):
+        expected, found = whole.step(still(3)), resumed.step(still(3))
+        np.testing.assert_array_equal(found[3], expected[3])
+        np.testing.assert_array_equal(found[0], expected[0])
+
+
+def test_a_snapshot_of_another_version_is_refused():
+    vec = Ballbot(1)
+    vec.reset(seed=0)
+    snapshot = vec.state_dict()
+    del snapshot["arrays"]["limit"]
+    with pytest.raises(UserError, match="no limit"):
+        vec.load_state_dict(snapshot)
+
+
 def test_the_goal_turns():
     towards_x, towards_y = (Ballbot(1, training=False, goal_direction=d) for d in (0.0, 90.0))
     for vec in (towards_x, towards_y):
