@@ -592,7 +592,7 @@ def test_an_episode_is_shown_again_as_it_was(root, monkeypatch, capsys):
         def __call__(self, playing, reward, terminated, done):
             rewards.append(reward[0])
 
-    monkeypatch.setattr(rollout, "Film", Film)
+    monkeypatch.setattr(demonstrations, "Film", Film)
     monkeypatch.setattr(command, "require_extras", lambda given: None)
     arrays, episodes = read(root, "home")
     bc.inspect(bc.InspectArgs("home", episode=50, video=True, run_root=root))
