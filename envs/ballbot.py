@@ -216,7 +216,7 @@ class Ballbot(BatchEnv):
     def reset(self, *, seed: int | list | None = None, options: dict | None = None) -> tuple[Any, dict]:
         obs, info = super().reset(seed=seed, options=options)
         if self.stagger:
-            for i in np.flatnonzero((options or {}).get("reset_mask", np.ones(self.num_envs, bool))):
+            for i in self.rows_to_reset(options):
                 self.limit[i] = self.rngs[i].integers(1, self.max_episode_steps + 1)
         return obs, info
 

@@ -107,14 +107,17 @@ class BatchEnv(gym.vector.VectorEnv):
         seed: an int s gives row i the generator of SeedSequence([s, i]); a list gives row i that of
         SeedSequence(seed[i]); with None the generators run on.
         """
-        everywhere = np.ones(self.num_envs, bool)
-        rows = np.flatnonzero((options or {}).get("reset_mask", everywhere))
+        rows = self.rows_to_reset(options)
         if seed is not None:
             seeds = seed_of_each(seed, self.num_envs)
             for i in rows:
                 self.rngs[i] = np.random.default_rng(sequence(seeds[i], self.split))
         self._begin(rows)
         return self.observe(np.arange(self.num_envs)), {}
+
+    def rows_to_reset(self, options: dict | None) -> np.ndarray:
+        """The rows that reset is asked to begin anew."""
+        return np.flatnonzero((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
 
     def step(self, actions: Array) -> tuple[Any, Array, Array, Array, dict]:
         """One step of every row.

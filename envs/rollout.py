@@ -251,7 +251,7 @@ def better(result: dict, best: dict, metric: str) -> bool:
     task's metrics; where they are equal, by `score`."""
 
     def key(evaluation: dict) -> tuple:
-        value = {**evaluation, **evaluation["metrics"]}[metric]
+        value = figures(evaluation)[metric]
         return (-value if metric in LOWER_IS_BETTER else value), score(evaluation)
 
     return key(result) > key(best)

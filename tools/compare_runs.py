@@ -225,7 +225,7 @@ def finals(runs: list[dict], of: str) -> dict[str, dict]:
     results = [run["test"] if of == "test" else run["summary"]["best"] for run in runs]
     found = {}
     for name in ("success_rate", "failure_rate", "mean_return", "mean_length", *results[0]["metrics"]):
-        values = [{**result, **result["metrics"]}.get(name) for result in results]
+        values = [figures(result).get(name) for result in results]
         if None not in values:
             low, high = interval(resampled_means(values, 3)) if len(values) >= FEWEST else (None, None)
             found[name] = {"mean": float(np.mean(values)), "low": low, "high": high, "each": values}
