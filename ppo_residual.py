@@ -105,6 +105,8 @@ class Args:
     """units in the hidden layers of actor and critic"""
     critic_warmup: int = 0
     """first updates that change the critic alone, for a policy that starts from --pretrained"""
+    freeze_normalizer: bool = False
+    """keep the observation statistics that --pretrained brings, instead of following those of the new policy"""
 
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     """where the networks live; auto takes a GPU if there is one, but for networks this small the CPU is faster"""
@@ -422,7 +424,7 @@ def learn(
     stats = update(agent, optimizer, gradient, args, critic_only, data)
 
     # Only now, so that old and new log-probabilities saw the same observations; not while the policy must stand still
-    if args.norm_obs and not first and not critic_only:
+    if args.norm_obs and not (first or critic_only or args.freeze_normalizer):
         agent.normalizer.update(batch.obs.flatten(0, 1))
     return {
         **{f"train/{name}": x for name, x in zip(STATS, stats.tolist(), strict=True)},

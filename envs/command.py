@@ -32,7 +32,7 @@ from envs.run import (
 MAY_CHANGE = ("resume", "total_timesteps", "run_root", "run_name", "config")
 # Settings that say where a run came from, where it lies and how it was watched: no later one takes them over
 NOT_INHERITED = (
-    *("resume", "pretrained", "evaluate", "config", "run_root", "run_name"),
+    *("resume", "pretrained", "freeze_normalizer", "evaluate", "config", "run_root", "run_name"),
     *("track", "capture_video", "dry_run"),
 )
 SOME, MANY = 256, 2048  # environments that --num-envs auto stands for on a CPU and on a GPU
@@ -176,6 +176,8 @@ def checked(args: Any) -> Any:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu, or install PyTorch with CUDA")
     check_env_kwargs(args.env_kwargs, args.eval_env_kwargs)
+    if args.freeze_normalizer and not (args.norm_obs and args.pretrained is not None):
+        raise UserError("--freeze-normalizer keeps what --norm-obs and --pretrained bring; leave it out without them")
     if args.render is not None and args.capture_video:
         raise UserError("--render human and --capture-video exclude each other; leave one out")
     require_extras({"--track": args.track, "--capture-video": args.capture_video})

@@ -26,9 +26,9 @@ COMMON = [
     "seed", "total_timesteps", "num_envs", "num_steps", "minibatch_size", "update_epochs", "learning_rate",
     "anneal_lr", "gamma", "gae_lambda", "clip_coef", "clip_value", "ent_coef", "vf_coef", "max_grad_norm",
     "target_kl", "norm_obs", "norm_reward", "norm_adv", "init_log_std", "hidden_sizes", "weight_decay",
-    "critic_warmup", "device", "threads", "compile", "deterministic", "eval_every", "eval_first", "eval_episodes",
-    "eval_seed", "checkpoint_every", "run_root", "run_name", "config", "resume", "pretrained", "evaluate", "json",
-    "capture_video", "render", "env_kwargs", "eval_env_kwargs", "track", "dry_run",
+    "critic_warmup", "freeze_normalizer", "device", "threads", "compile", "deterministic", "eval_every", "eval_first",
+    "eval_episodes", "eval_seed", "checkpoint_every", "run_root", "run_name", "config", "resume", "pretrained",
+    "evaluate", "json", "capture_video", "render", "env_kwargs", "eval_env_kwargs", "track", "dry_run",
 ]  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def test_defaults_of_all(script):
     off = ("run_name", "config", "resume", "pretrained", "evaluate", "json", "render", "target_kl", "final_log_std")
     assert {name: getattr(args, name) for name in off} == dict.fromkeys(off)
     assert not any((args.track, args.capture_video, args.dry_run, args.compile, args.deterministic))
-    assert (args.group_size, args.critic_warmup) == (1, 0)
+    assert (args.group_size, args.critic_warmup, args.freeze_normalizer) == (1, 0, False)
     assert typing.get_args(typing.get_type_hints(module.Args)["device"]) == ("auto", "cpu", "cuda")
     command.checked(args)
 
@@ -327,6 +327,8 @@ def test_nothing_is_silently_ignored(parse):
         ({"group_size": 0}, "--group-size"),
         ({"group_size": 3}, "--group-size must be a divisor of --num-envs (8|256), not 3"),
         ({"critic_warmup": -1}, "--critic-warmup"),
+        ({"freeze_normalizer": True, "norm_obs": True}, "--freeze-normalizer"),
+        ({"freeze_normalizer": True, "norm_obs": False, "pretrained": "runs/clone"}, "--freeze-normalizer"),
         ({"final_log_std": float("nan")}, "--final-log-std"),
         ({"eval_episodes": -1}, "--eval-episodes"),
     ],

@@ -25,7 +25,7 @@ from torch.distributions import Normal
 import envs
 import ppo_continuous
 import ppo_residual as ppo
-from envs import rollout, run, so101
+from envs import command, rollout, run, so101
 from envs.batch_env import BatchEnv
 
 quick = settings(max_examples=40, deadline=None)
@@ -553,6 +553,20 @@ def test_while_the_critic_warms_up_the_policy_stands_still(seen, tmp_path, fake_
     counts = [int(after["normalizer.count"]) for _, after, _ in seen]
     assert counts[0] == counts[1] == counts[2] - 32 == counts[3] - 64
     assert torch.equal(seen[0][0]["normalizer.mean"], seen[1][1]["normalizer.mean"])
+
+
+def test_a_frozen_normalizer_stays_what_the_pretrained_policy_brought(seen, tmp_path, fake_onnx):
+    settings = {**PENDULUM, "run_root": str(tmp_path), "run_name": "first"}
+    ppo_continuous.train(ppo_continuous.Args(**settings))
+    settings |= {"run_name": "run", "pretrained": str(tmp_path / "first"), "freeze_normalizer": True}
+    seen.clear()
+    ppo_continuous.train(ppo_continuous.Args(**settings))
+    for name in ("mean", "var", "count"):
+        assert all(torch.equal(seen[0][0][f"normalizer.{name}"], after[f"normalizer.{name}"]) for _, after, _ in seen)
+    assert not torch.equal(seen[0][0]["actor.0.weight"], seen[0][1]["actor.0.weight"])  # which learns all the same
+    # who plays the result need not know how it came about
+    played = command.parse(ppo_continuous.Args, ppo_continuous.Args.tuned, argv=["--evaluate", str(tmp_path / "run")])
+    assert not command.checked(played).freeze_normalizer
 
 
 def test_the_first_batch_gives_the_statistics_for_its_own_update(seen, tmp_path, fake_onnx, monkeypatch):
