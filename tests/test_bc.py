@@ -548,6 +548,7 @@ def twice(arrays):
         (changed("action", 7, np.inf), "actions and rewards are finite", "action is not in step 7"),
         (changed("reward", 7, np.nan), "actions and rewards are finite", "reward is not in step 7"),
         (changed("action", 7, 0.2), "actions lie inside their bounds", "1 of "),
+        (changed("action", 7, -0.2), "actions lie inside their bounds", "1 of "),
         (changed("reward", 7, -5.0), "rewards add up to the returns", "not in episode 1"),
         (changed("successes", slice(None), False), "the manifest's figures", "it is 0.000"),
         (shifted("action"), "actions differ from what was played by the noise alone", "of half the range, not 0.250"),

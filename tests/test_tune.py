@@ -204,6 +204,18 @@ def test_a_study_without_a_feasible_trial_says_so(tmp_path):
     assert "1 trials, 0 of them feasible. No trial keeps all constraints" in tune.report(study, sweep)
 
 
+def test_a_trial_that_was_cut_off_is_tried_again_with_its_settings(tmp_path):
+    sweep, again = tune.load_sweep(write(tmp_path, SWEEP)), (tmp_path / "sweep.toml", tmp_path / "studies")
+    study = tune.open_study(sweep, *again)
+    cut_off = study.ask()
+    values = {name: tune.suggest(cut_off, name, space, whole=False) for name, space in sweep.space.items()}
+    study = tune.open_study(sweep, *again)  # as if the first had been killed
+    next_one = study.ask()
+    assert next_one.number == cut_off.number + 1
+    assert {name: tune.suggest(next_one, name, space, whole=False) for name, space in sweep.space.items()} == values
+    assert tune.ended(study) == []
+
+
 def test_a_trial_worse_than_the_median_of_the_others_is_stopped(tmp_path):
     sweep = tune.load_sweep(write(tmp_path, f"{SWEEP}\n[pruning]\nfirst_trials = 2\nfirst_evaluations = 2\n"))
     study = tune.open_study(sweep, tmp_path / "sweep.toml", tmp_path / "studies")
