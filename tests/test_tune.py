@@ -15,6 +15,7 @@ import tune
 
 from envs.run import UserError
 
+ROOT = Path(__file__).parents[1]
 SWEEP = """
 script = "ppo_continuous"
 trials = 3
@@ -160,6 +161,13 @@ def test_a_study_from_end_to_end(tmp_path):
     assert sorted(entry.name for entry in folder.glob("trial_*[0-9]")) == [f"trial_{i:03d}" for i in range(3)]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tools" / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_sweeps_of_the_project_say_what_can_be_done(path):
+    sweep = tune.load_sweep(str(path))
+    assert sweep.trials >= 12
+    assert sweep.constraints
+
+
 class Ended:
     """A trial as `settle` sees it, with these evaluations, the best of them the first."""
 
@@ -259,8 +267,7 @@ def test_a_script_that_refuses_its_settings_ends_the_study(tmp_path):
 def test_a_killed_study_with_a_constraint_goes_on_to_a_best_feasible_trial(tmp_path):
     bound = "\n[constraints]\nmean_return_min = -1080\n"
     path = write(tmp_path, SWEEP.replace("trials = 3", "trials = 12") + bound)
-    root = Path(__file__).parents[1]
-    line = [sys.executable, str(root / "tools/tune.py"), path, "--jobs", "2", "--run-root", str(tmp_path / "runs")]
+    line = [sys.executable, str(ROOT / "tools/tune.py"), path, "--jobs", "2", "--run-root", str(tmp_path / "runs")]
     folder = tmp_path / "runs" / "studies" / "sweep"
     process = subprocess.Popen(line)
     while not (folder / "trial_004" / "config.json").exists():
