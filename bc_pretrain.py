@@ -14,7 +14,7 @@ that it meant; with --dagger a clone drives every other row, and the expert says
   collect    python bc_pretrain.py collect --policy runs/<run> --dataset ballbot --action-noise 0.1
   look       python bc_pretrain.py validate ballbot;   python bc_pretrain.py inspect ballbot --episode 3 --render human
   clone      python bc_pretrain.py train --dataset ballbot
-  fine-tune  python ppo_continuous.py --env-id Ballbot-v0 --pretrained runs/<run> --critic-warmup 5
+  fine-tune  python ppo_continuous.py --env-id Ballbot-v0 --pretrained runs/<run> --freeze-normalizer --critic-warmup 3
   compare    python tools/compare_runs.py --baseline runs/<run> ... --pretrained runs/<run> ... --criterion ...
 """
 
