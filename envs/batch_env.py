@@ -116,7 +116,7 @@ class BatchEnv(gym.vector.VectorEnv):
         return self.observe(np.arange(self.num_envs)), {}
 
     def rows_to_reset(self, options: dict | None) -> np.ndarray:
-        """The rows that reset is asked to begin anew."""
+        """Indices of the rows that reset is asked to begin anew, all without options["reset_mask"] (num_envs,) bool."""
         return np.flatnonzero((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
 
     def step(self, actions: Array) -> tuple[Any, Array, Array, Array, dict]:
