@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import envs
-from envs import command, demonstrations, rollout, run
+from envs import command, demonstrations, ranks, rollout, run
 from envs.demonstrations import Demonstrations, Writer, named
 from envs.rollout import Deployed, Policy
 from envs.run import UserError
@@ -199,6 +199,9 @@ class VectorNormalizer(Normalizer):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([super().forward(x)[..., : self.size], x[..., self.size :]], dim=-1)
+
+    def update(self, x: Tensor) -> None:
+        super().update(ranks.joined(x))  # what all processes have seen, if several train together
 
 
 def mlp(sizes: list[int], gain: float) -> nn.Sequential:

@@ -14,6 +14,7 @@ did not show, the policy fails less.
 
   train     python ppo_grid_socnav.py                               (10 million steps)
   resume    python ppo_grid_socnav.py --resume runs/<run>
+  2 cores   torchrun --standalone --nproc-per-node 2 ppo_grid_socnav.py --threads 1         (each with half of the work)
   evaluate  python ppo_grid_socnav.py --evaluate runs/<run> --eval-episodes 270        (or: --evaluate pursuit-stop)
   one place python ppo_grid_socnav.py --evaluate runs/<run> --env-kwargs scenario francis2023_blind_corner
   rewards   python ppo_grid_socnav.py --reward snqi_step [--reward-weights FILE]
@@ -24,8 +25,10 @@ from collections import deque
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
-from math import ceil, log, pi, sqrt
+from functools import partial
+from itertools import chain, pairwise
+from math import ceil, inf, log, pi, sqrt
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -36,7 +39,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import envs
-from envs import command, rollout, run
+from envs import command, ranks, rollout, run
 from envs.rollout import Deployed, as_numpy
 from envs.run import UserError, require_finite
 from envs.socnav import GOAL_RANGE, PEDESTRIAN_RANGE, PEDESTRIAN_SPEED
@@ -218,6 +221,9 @@ class VectorNormalizer(Normalizer):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([super().forward(x)[..., : self.size], x[..., self.size :]], dim=-1)
+
+    def update(self, x: Tensor) -> None:
+        super().update(ranks.joined(x))  # what all processes have seen, if several train together
 
 
 class RewardScaler(nn.Module):
@@ -449,7 +455,7 @@ def collect(
         bounded = agent.bounded(action)
         new, reward, terminated, truncated, info = vec.step(bounded if vec.on_gpu else bounded.cpu().numpy())
         new_obs = agent.see(tensors(new, device))
-        step += vec.num_envs
+        step += args.num_envs
         require_finite("observation", as_numpy(new_obs), step)
         require_finite("reward", as_numpy(reward), step)
 
@@ -540,6 +546,22 @@ def compute_gradient(agent: nn.Module, args: Args, critic_only: bool, *minibatch
     return stats
 
 
+def joint_gradient(gradient: Callable, agent: nn.Module, args: Args, critic_only: bool, *minibatch: Tensor) -> Tensor:
+    """compute_gradient on the minibatches of all processes as if they were one: the moments of the advantages, the
+    gradient before it is clipped and the statistics are taken over all of them."""
+    obs, action, old_logprob, advantage, target, old_value = minibatch
+    if args.norm_adv:
+        std, mean = torch.std_mean(ranks.joined(advantage))
+        advantage = (advantage - mean) / (std + 1e-8)
+    own = replace(args, norm_adv=False, max_grad_norm=inf)
+    stats = gradient(agent, own, critic_only, obs, action, old_logprob, advantage, target, old_value)
+    gradients = [weight.grad for weight in agent.weights if weight.grad is not None]
+    joint = ranks.mean(nn.utils.parameters_to_vector([*gradients, stats]))
+    nn.utils.vector_to_parameters(joint[: -len(STATS)], gradients)
+    nn.utils.clip_grad_norm_(agent.weights, args.max_grad_norm, foreach=False)
+    return joint[-len(STATS) :]
+
+
 def update(
     agent: nn.Module, optimizer: Optimizer, gradient: Callable, args: Args, critic_only: bool, data: tuple[Tensor, ...]
 ) -> Tensor:
@@ -624,20 +646,24 @@ def train(args: Args) -> dict:
         UserError: args, a file they name or the environment cannot work.
         FloatingPointError: observations, rewards, losses or parameters are not finite.
     """
-    args = command.checked(with_reward(args))
+    args = ranks.join(command.checked(with_reward(args)))
+    own_args = ranks.own_part(args)  # several processes share the environments, and each minibatch
     batch_size = command.steps_per_rollout(args)
     iterations = args.total_timesteps // batch_size
     resumed = command.load_to_resume(args, iterations * batch_size, kind="policy")
     device = run.prepare_torch(args)
     torch.set_num_threads(args.threads)
-    vec = envs.make_training(args, flat=False, device=device.type)
+    vec = envs.make_training(own_args, flat=False, device=device.type)
     agent = make_grid_agent(vec, args).to(device)
     rollout.require_metric(args.best_metric, vec)
     adam = {"lr": args.learning_rate, "eps": 1e-5, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(agent.parameters(), **adam)
     scaler = RewardScaler(args.num_envs, args.gamma).to(device)
     gradient = run.compiled(compute_gradient) if args.compile else compute_gradient
-    first, _ = vec.reset(seed=args.seed)
+    if ranks.count() > 1:
+        gradient = partial(joint_gradient, gradient)
+        ranks.draw_apart(args.seed)  # networks begin alike, what follows is each process's own
+    first, _ = vec.reset(seed=ranks.seeds(args))
     step, best, recent, evaluations = 0, None, deque(maxlen=100), []
 
     if resumed is not None:
@@ -646,27 +672,30 @@ def train(args: Args) -> dict:
         scaler.load_state_dict(resumed["reward_scaler"])
         step, best, evaluations = resumed["step"], resumed["best"], resumed["evaluations"]
         recent.extend(resumed["recent"])
-        first = vec.load_state_dict(resumed["envs"])
-        run.set_rng_state(resumed["rng"])
+        own_state = ranks.own_state(resumed, args.resume)
+        first = vec.load_state_dict(own_state["envs"])
+        run.set_rng_state(own_state["rng"])
     elif args.pretrained is not None:
         run.load_agent(agent, run.load_policy(args.pretrained, kind="policy"), args, args.pretrained)
     obs = agent.see(tensors(first, device))
 
     def checkpoint() -> dict:
+        own, *others = ranks.gather({"envs": vec.state_dict(), "rng": run.rng_state()})
         return {
             # this part is a policy file
             "kind": "policy", "env_id": args.env_id, "env_kwargs": args.env_kwargs, "args": asdict(args),
             "agent": agent.state_dict(), "step": step,
             # and the rest is what resuming needs
             "optimizer": optimizer.state_dict(), "reward_scaler": scaler.state_dict(), "evaluations": evaluations,
-            "envs": vec.state_dict(), "recent": list(recent), "best": best, "rng": run.rng_state(),
+            "recent": list(recent), "best": best, **own, "other_ranks": others,
         }  # fmt: skip
 
-    with run.Run("ppo_grid_socnav", args, device, resumed, iterations * batch_size) as record:
+    about = "ppo_grid_socnav", args, device, resumed, iterations * batch_size
+    with run.Run(*about) if ranks.rank() == 0 else ranks.Unwritten() as record:
         for iteration in range(step // batch_size + 1, iterations + 1):
             record.snapshot = deepcopy(checkpoint())
             if iteration <= args.eval_first:
-                record.look(step, rollout.evaluate(Deployed(agent), args, "validation"))
+                record.look(step, ranks.once(rollout.evaluate, Deployed(agent), args, "validation"))
             progress = (iteration - 1) / iterations
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
@@ -674,17 +703,19 @@ def train(args: Args) -> dict:
                 log_std = (1 - progress) * args.init_log_std + progress * args.final_log_std
                 agent.log_std.requires_grad_(False).fill_(log_std)
             batch, obs, episodes = collect(agent, vec, args, obs, step, device)
+            episodes = sorted(chain(*ranks.gather(episodes)), key=itemgetter("step"))
             recent.extend(episodes)
             if args.norm_reward:
-                batch = batch._replace(reward=scaler(batch.reward, batch.done))
-            scalars = learn(agent, optimizer, gradient, args, batch, critic_only=iteration <= args.critic_warmup)
+                reward = scaler(ranks.joined(batch.reward, dim=1), ranks.joined(batch.done, dim=1))
+                batch = batch._replace(reward=ranks.own(reward, dim=1))
+            scalars = learn(agent, optimizer, gradient, own_args, batch, critic_only=iteration <= args.critic_warmup)
             step += batch_size
             run.require_finite_update(agent, scalars, step)
 
             evaluation = None
             every = args.eval_every * (1 + (step > args.eval_slow_after))
             if iteration == iterations or run.due(every, step, batch_size):
-                evaluation = rollout.evaluate(Deployed(agent), args, "validation", record.video(step))
+                evaluation = ranks.once(rollout.evaluate, Deployed(agent), args, "validation", record.video(step))
                 evaluations.append(
                     {"step": step, **{name: evaluation[name] for name in ("success_rate", "failure_rate")}}
                 )
@@ -698,6 +729,8 @@ def train(args: Args) -> dict:
                 break
 
         record.save("final.pt", checkpoint())
+        if ranks.rank() > 0:
+            return {}
         agent.load_state_dict(best["agent"])
         run.export_onnx(agent, first, record.folder / "policy.onnx", "policy", args.env_kwargs)
         return record.finish(step, best, converged_at_step=run.converged_at(evaluations))
@@ -716,7 +749,7 @@ def evaluate(args: Args) -> dict:
 
 
 def main() -> None:
-    with command.command_line():
+    with command.command_line(processes=True):
         args = command.parse(Args, Args.tuned)
         evaluate(args) if args.evaluate is not None else train(args)
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import inspect
+import os
 import signal
 import sys
 import types
@@ -52,9 +53,12 @@ USED_BY_EVALUATE = (
 
 
 @contextlib.contextmanager
-def command_line() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted and exit with 130 and 143; a user's mistake ends in one line and status 2,
-    numbers that are not finite in one line and status 1."""
+def command_line(processes: bool = False) -> Iterator[None]:
+    """What main() stands in. SIGINT and SIGTERM raise Interrupted and exit with 130 and 143; a user's mistake ends in
+    one line and status 2, numbers that are not finite in one line and status 1.
+
+    processes: whether torchrun may start several of this script.
+    """
 
     def interrupt(signum: int, frame: types.FrameType | None) -> None:
         raise Interrupted(signum)
@@ -62,6 +66,8 @@ def command_line() -> Iterator[None]:
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, interrupt)
     try:
+        if started_together() > 1 and not processes:
+            raise UserError(f"{Path(sys.argv[0]).name} trains in one process; start it without torchrun")
         yield
     except (UserError, OSError, FloatingPointError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
@@ -69,6 +75,11 @@ def command_line() -> Iterator[None]:
     except Interrupted as interrupted:
         print(f"{interrupted}: stopped", file=sys.stderr)
         sys.exit(128 + interrupted.signum)
+
+
+def started_together() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def parse(
@@ -83,6 +94,8 @@ def parse(
     argv = sys.argv[1:] if argv is None else argv
     chosen = tyro.cli(args_class, args=[arg for arg in argv if arg not in ("-h", "--help")])
     playing, fresh = chosen.evaluate is not None, args_class()
+    if playing and started_together() > 1:
+        raise UserError("--evaluate plays in one process; start it without torchrun")
     if chosen.resume is not None:
         source, values = chosen.resume, load_checkpoint(find_checkpoint(chosen.resume, say=False))["args"]
         forget = ("config", "run_root", "run_name")

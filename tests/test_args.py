@@ -165,7 +165,7 @@ def parse(monkeypatch):
     def parse(*argv, script=ppo):
         taken = []
         monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *argv])
-        monkeypatch.setattr(command, "command_line", contextlib.nullcontext)
+        monkeypatch.setattr(command, "command_line", lambda **kwargs: contextlib.nullcontext())
         monkeypatch.setattr(script, "train", taken.append)
         monkeypatch.setattr(script, "evaluate", taken.append, raising=False)
         monkeypatch.setattr(script, "collect", lambda *args: taken.append(*args))
