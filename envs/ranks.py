@@ -50,7 +50,9 @@ def join(args: Any) -> Any:
         raise UserError("--max-restarts needs a --run-name, by which a process that starts again finds its run")
     if together > 1 and not dist.is_initialized():
         meet(gpu=args.device != "cpu" and torch.cuda.is_available())
-    return once(continued, args)
+    # A node whose own process went on until another's ended does not count that as an attempt: ask them all
+    attempts = gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    return once(continued, args) if any(attempts) else args
 
 
 def meet(gpu: bool) -> None:
@@ -78,9 +80,7 @@ def meet(gpu: bool) -> None:
 
 
 def continued(args: Any) -> Any:
-    """The settings; if torchrun has started this process again, those to go on where the run's directory ends."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
-        return args
+    """The settings with which to go on where the run's directory ends, or to begin, if it holds nothing yet."""
     folder = Path(args.run_root) / args.run_name if args.run_name is not None else run_folder(args.resume)
     if checkpoints_in(folder):
         return replace(args, resume=str(folder))

@@ -238,9 +238,9 @@ def test_the_other_scripts_are_for_one_process(command, monkeypatch):
 
 def test_a_process_that_starts_again_goes_on_where_the_run_ends(whole, tmp_path, monkeypatch):
     folder, args, _ = whole
-    assert ranks.continued(args) is args
+    assert ranks.join(args) is args
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert ranks.continued(args) == replace(args, resume=str(folder))
+    assert ranks.join(args) == replace(args, resume=str(folder))
     elsewhere = replace(args, resume=str(folder / "checkpoints/step_000000128.pt"), run_name=None)
     assert ranks.continued(elsewhere).resume == str(folder)
     begun = tmp_path / "begun"
