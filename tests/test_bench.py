@@ -532,27 +532,40 @@ def test_steady_rate_leaves_start_and_evaluation_out():
 
 
 def test_ranks_are_started_by_torchrun(monkeypatch):
-    lines = []
+    """A process that writes such a run stands for the training."""
+    lines, rows = [], [{"step": 2048 * (i + 1), "time/sps": 1024.0} for i in range(6)]
+    started = bench_runs.started
 
-    def finished(line, env, **how):
-        lines.append((line, env))
-        folder = Path(line[line.index("--run-root") + 1], line[line.index("--run-name") + 1])
-        folder.mkdir()
-        rows = [{"step": 2048 * (i + 1), "time/sps": 1024.0} for i in range(6)]
-        (folder / "progress.csv").write_text(run.csv_text(rows, header=True))
-        return subprocess.CompletedProcess(line, 0)
+    def stand_in(arguments, folder):
+        lines.append(arguments)
+        (Path(folder) / "bench").mkdir()
+        (Path(folder) / "bench" / "progress.csv").write_text(run.csv_text(rows, header=True))
+        return started(["-c", "import os; assert os.environ['OMP_NUM_THREADS'] == '1'"], folder)
 
-    monkeypatch.setattr(bench_runs.subprocess, "run", finished)
+    monkeypatch.setattr(bench_runs, "started", stand_in)
     assert bench_runs.scaling(64, 2, rollouts=2)["wall"] == pytest.approx(1024)
     assert bench_runs.scaling(64, 0, rollouts=2)["wall"] == pytest.approx(1024)
-    (torchrun, env), (plain, _) = lines
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    assert torchrun[1:6] == start
-    assert torchrun[6:-6] == plain[1:-6]
-    assert Path(plain[1]).name == "ppo_grid_socnav.py"
+    torchrun, plain = ([word for word in line if "/tmp" not in word or word.endswith(".py")] for line in lines)
+    assert torchrun == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *plain]
+    assert Path(plain[0]).name == "ppo_grid_socnav.py"
     assert plain[plain.index("--total-timesteps") + 1] == str(6 * 64 * 32)
     assert plain[plain.index("--threads") + 1] == "1"
-    assert env["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_rank_that_fails_is_no_measurement(monkeypatch):
+    """The script's own error is told, not the report with which torchrun follows it."""
+    code = "import sys; print('error: too few'); print('====='); sys.exit(3)"
+    started = bench_runs.started
+    monkeypatch.setattr(bench_runs, "started", lambda arguments, folder: started(["-c", code], folder))
+    with pytest.raises(run.UserError, match=r"on 2 ranks ended with status 3: error: too few$"):
+        bench_runs.scaling(64, 2, rollouts=1)
+
+
+def test_what_was_started_is_stopped(tmp_path):
+    code = "import time; time.sleep(60)"
+    with contextlib.suppress(KeyboardInterrupt), bench_runs.started(["-c", code], str(tmp_path)) as process:
+        raise KeyboardInterrupt
+    assert process.returncode == -15
 
 
 def test_scaling_rows_compare_with_one_plain_process():

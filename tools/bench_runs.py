@@ -63,8 +63,25 @@ def command_of(line: str, folder: str) -> list[str]:
     return [str(ROOT / script), *flags, "--run-root", folder]
 
 
-def last_line(file: Path) -> str:
-    return ([line for line in file.read_text().splitlines() if line.strip()] or ["it said nothing"])[-1]
+@contextmanager
+def started(arguments: list[str], folder: str) -> Iterator[subprocess.Popen]:
+    """A Python process with one thread, stopped on leaving if it still runs: torchrun then ends its ranks. What it says
+    goes to a file in this folder."""
+    with open(Path(folder) / "said", "w") as said:
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen([sys.executable, *arguments], stdout=said, stderr=said, env=one_thread)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def ended(line: str, process: subprocess.Popen, folder: str) -> UserError:
+    """What is wrong when a script has ended as it should not: its own error, which torchrun follows with a report."""
+    said = [text for text in (Path(folder) / "said").read_text().splitlines() if text.strip()] or ["it said nothing"]
+    errors = [text for text in said if text.startswith("error: ")] or said[-1:]
+    return UserError(f"{line} ended with status {process.returncode}: {errors[0]}")
 
 
 # Memory
@@ -79,37 +96,24 @@ def resident(pid: int) -> float:
     return int(subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], check=True, capture_output=True).stdout) / 1024
 
 
-@contextmanager
-def training(line: str, folder: str) -> Iterator[subprocess.Popen]:
-    """A training script that would run on without end, and is stopped on leaving.
+def memory(line: str, minutes: float) -> dict[str, Any]:
+    """One sample a second of a training script that would run on without end.
 
     Raises:
         UserError: it ended by itself.
     """
-    endless = [] if line.startswith("bc_pretrain") else ["--total-timesteps", "1000000000"]
-    said = Path(folder) / "said"
-    with open(said, "w") as file:
-        process = subprocess.Popen([sys.executable, *command_of(line, folder), *endless], stdout=file, stderr=file)
-    try:
-        yield process
-        if process.poll() is not None:
-            raise UserError(f"{line} ended with status {process.returncode}: {last_line(said)}")
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def memory(line: str, minutes: float) -> dict[str, Any]:
-    """One sample a second."""
-    samples = []
+    samples, endless = [], ["--total-timesteps", "1000000000"]
     with tempfile.TemporaryDirectory() as folder:
         if line.startswith("bc_pretrain"):
+            endless = []
             subprocess.run([sys.executable, *command_of(DEMONSTRATIONS, folder)], check=True, capture_output=True)
-        with training(line, folder) as process:
+        with started([*command_of(line, folder), *endless], folder) as process:
             begin = time.monotonic()
             while (elapsed := time.monotonic() - begin) < 60 * minutes and process.poll() is None:
                 samples.append((round(elapsed, 2), round(resident(process.pid), 2)))
                 time.sleep(1)
+            if process.poll() is not None:
+                raise ended(line, process, folder)
     return {**flatness(samples), "samples": samples}
 
 
@@ -155,20 +159,19 @@ def memory_rows(results: list[dict]) -> list[Row]:
 
 
 def scaling(num_envs: int, ranks: int, rollouts: int) -> dict[str, float]:
-    """Steps a second of wall clock in training; ranks 0 is one plain process."""
+    """Steps a second of wall clock in training; ranks 0 is one plain process.
+
+    Raises:
+        UserError: the run failed.
+    """
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    steps = (WARM_UP + 1 + rollouts) * num_envs * 32  # one rollout more: the last ends with an evaluation
+    line = f"ppo_grid_socnav.py --num-envs {num_envs} --num-steps 32 --total-timesteps {steps} --threads 1"
+    rest = "--eval-every 0 --eval-episodes 1 --checkpoint-every 0 --run-name bench"
     with tempfile.TemporaryDirectory() as folder:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-        steps = (WARM_UP + 1 + rollouts) * num_envs * 32  # one rollout more: the last ends with an evaluation
-        line = f"ppo_grid_socnav.py --num-envs {num_envs} --num-steps 32 --total-timesteps {steps} --threads 1"
-        rest = "--eval-every 0 --eval-episodes 1 --checkpoint-every 0 --run-name bench"
-        said = Path(folder) / "said"
-        with open(said, "w") as file:
-            status = subprocess.run(
-                [sys.executable, *launch, *command_of(f"{line} {rest}", folder)],
-                stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            ).returncode  # fmt: skip
-        if status != 0:
-            raise UserError(f"{line}, {ranks or 'no'} ranks: ended with status {status}: {last_line(said)}")
+        with started([*launch, *command_of(f"{line} {rest}", folder)], folder) as process:
+            if process.wait() != 0:
+                raise ended(f"{line} on {ranks} ranks" if ranks else line, process, folder)
         return {"wall": steady_rate(run.read_progress(Path(folder) / "bench" / "progress.csv"))}
 
 
