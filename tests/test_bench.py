@@ -88,7 +88,7 @@ def test_the_adapter_steps_as_the_native_environment(env_id):
     ended = 0
     for _ in range(450):
         action = rng.normal(size=(3, len(low))).astype(np.float32)
-        obs, reward, done, infos = native.step(action.clip(low, high))  # as Stable-Baselines3 clips
+        obs, reward, done, infos = native.step(action)
         expected = twin.step(agent.bounded(torch.as_tensor(action)).numpy())
         np.testing.assert_array_equal(obs, expected[0])
         np.testing.assert_array_equal(reward, expected[1])
@@ -118,7 +118,7 @@ def test_the_adapter_learns_the_residual_that_our_script_learns():
     batch, _, _ = ppo_residual.collect(Drawn(), twin, base, args, first, 0, torch.device("cpu"))
     for t, action in enumerate(drawn):
         np.testing.assert_array_equal(obs, batch.obs[t].numpy())
-        obs, reward, done, _ = native.step(action.clip(-1, 1))
+        obs, reward, done, _ = native.step(action)
         np.testing.assert_array_equal(reward.astype(np.float32), batch.reward[t].numpy())
         np.testing.assert_array_equal(done, batch.done[t].numpy())
     assert np.abs(reward).max() > 0.5  # the penalty is there
@@ -424,7 +424,7 @@ def test_the_task_decides_what_counts(tmp_path):
 def test_what_was_measured_is_not_measured_again(tmp_path, capsys):
     asked, count = {"x": 1}, []
     file = bench_results.place(str(tmp_path), "kind", "a/b:c d", asked)
-    assert re.fullmatch(r"a-b-c_d__[0-9a-f]{8}\.json", file.name)
+    assert re.fullmatch(r"a_b_c_d__[0-9a-f]{8}\.json", file.name)
     for _ in range(2):
         result = bench_results.measured(file, asked, lambda: count.append(1) or {"y": 2})
     assert (result["x"], result["y"], len(count)) == (1, 2, 1)
@@ -497,9 +497,12 @@ def test_report_gathers_all_kinds(tmp_path, capsys):
 
 
 def test_flatness_by_hand():
-    samples = [(0.5, 900.0), (59.9, 50.0), (60.0, 400.0), (70.0, 390.0), (80.0, 420.0), (90.0, 410.0)]
-    expected = {"peak": 900, "first": 400, "last": 410, "low": 390, "high": 420, "drift": 2.5, "swing": 7.6923}
-    assert bench_runs.flatness(samples) == pytest.approx(expected, abs=1e-4)
+    """Twenty settled samples: tenths are of two."""
+    settled = [400.0, 404.0, *[500.0] * 8, *[300.0] * 8, 420.0, 424.0]
+    samples = [(0.5, 900.0), (59.9, 50.0), *((60.0 + i, x) for i, x in enumerate(settled))]
+    expected = {"peak": 900, "low": 300, "high": 500, "last": 424, "first_tenth": 402, "last_tenth": 422}
+    assert bench_runs.flatness(samples) == pytest.approx({**expected, "drift": 100 * 20 / 402})
+    assert bench_runs.flatness(samples[:3])["drift"] == 0
 
 
 def test_resident_memory_is_that_of_the_process():

@@ -1,9 +1,11 @@
 """Measurements as files, so that what was measured once is not measured again, and the table that is made of them."""
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +28,7 @@ class Row(NamedTuple):
 def about() -> dict[str, str | None]:
     """Hardware, versions and commit of what is measured here and now."""
     hardware = f"{run.cpu_name()}, {os.cpu_count()} cores"
-    if hasattr(os, "sysconf"):
+    with contextlib.suppress(AttributeError, ValueError):  # not every system tells
         hardware += f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GB"
     versions = [f"Python {platform.python_version()}"]
     for name in (*run.PACKAGES, "stable-baselines3"):
@@ -41,7 +43,7 @@ def place(out: str, kind: str, name: str, asked: dict) -> Path:
     """The file of a measurement in the folder `out`. Its name ends in a digest of all that was asked, so that
     measurements with other settings lie beside it and none is taken for another."""
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
-    readable = name.replace("/", "-").replace(":", "-").replace(" ", "_")
+    readable = re.sub(r"[^\w.-]+", "_", name)
     return Path(out) / kind / f"{readable}__{digest}.json"
 
 
