@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import inspect
 import os
-import signal
 import sys
 import types
 import typing
@@ -27,6 +26,7 @@ from envs.run import (
     read_json,
     require_same_files,
     run_folder,
+    signals,
 )
 
 # Settings that may differ between a run and its continuation
@@ -54,27 +54,29 @@ USED_BY_EVALUATE = (
 
 @contextlib.contextmanager
 def command_line(processes: bool = False) -> Iterator[None]:
-    """What main() stands in. SIGINT and SIGTERM raise Interrupted and exit with 130 and 143; a user's mistake ends in
-    one line and status 2, numbers that are not finite in one line and status 1.
+    """What main() stands in. SIGINT, SIGTERM and SIGUSR1 raise Interrupted and exit with 130, 143 and 138; a user's
+    mistake ends in one line and status 2, numbers that are not finite in one line and status 1.
 
     processes: whether torchrun may start several of this script.
     """
-
-    def interrupt(signum: int, frame: types.FrameType | None) -> None:
-        raise Interrupted(signum)
-
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, interrupt)
+    signals.catch()
     try:
         if started_together() > 1 and not processes:
             raise UserError(f"{Path(sys.argv[0]).name} trains in one process; start it without torchrun")
         yield
+        signals.let()
     except (UserError, OSError, FloatingPointError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Interrupted as interrupted:
         print(f"{interrupted}: stopped", file=sys.stderr)
         sys.exit(128 + interrupted.signum)
+    except Exception:
+        if signals.came is None:  # or else a library made an error of its own out of Interrupted
+            raise
+        sys.exit(128 + signals.came)
+    finally:
+        signals.leave()
 
 
 def started_together() -> int:

@@ -20,6 +20,7 @@ from envs.run import (
     UserError,
     is_policy_path,
     policy_file,
+    replacing,
     require_same_files,
     sha256,
     video_path,
@@ -168,7 +169,8 @@ class Film:
             self.calls += 1
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.clip(self.frames, fps=self.fps).write_videofile(str(self.path), logger=None)
+        with replacing(self.path, f".tmp{self.path.suffix}") as temporary:  # its ending says what it is
+            self.clip(self.frames, fps=self.fps).write_videofile(str(temporary), logger=None)
         print(f"recorded {self.path}", file=sys.stderr)
         self.frames = None
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -11,10 +13,12 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +27,7 @@ from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -41,24 +45,86 @@ class UserError(ValueError):
     """A mistake that the user can mend: the message says what is wrong and what to do."""
 
 
+class WriteError(UserError):
+    """A file could not be written, as on a full disk."""
+
+
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM, raised wherever the program happens to be."""
+    """One of SIGNALS, raised wherever the program happens to be."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm can send the last one before the time is up
+AGAIN = 1.0  # s
+
+
+class Signals:
+    """The first signal raises Interrupted, later ones must not cut short what it began. While signals are held, it is
+    only noted, and raised when they are let in again.
+
+    Python drops an exception that is raised in a destructor or in a library's callback, and some libraries drop all
+    that they meet. So the signal is raised again after a second, until the program is on its way out."""
+
+    def __init__(self) -> None:
+        self.came: int | None = None
+        self.held = False
+
+    def catch(self) -> None:
+        """From now on signals come here; only in the main thread."""
+        self.came, self.held = None, False
+        signal.signal(signal.SIGALRM, self._again)
+        for s in SIGNALS:
+            signal.signal(s, self._arrived)
+
+    def leave(self) -> None:
+        """From now on a signal ends the process at once."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for s in (*SIGNALS, signal.SIGALRM):
+            signal.signal(s, signal.SIG_DFL)
+        self.came, self.held = None, False
+
+    def let(self) -> None:
+        """No longer held: raises Interrupted if a signal came meanwhile."""
+        self.held = False
+        if self.came is not None:
+            self._interrupt()
+
+    def _arrived(self, signum: int, frame: types.FrameType | None) -> None:
+        if self.came is None:
+            self.came = signum
+            if not self.held:
+                self._interrupt()
+
+    def _again(self, signum: int, frame: types.FrameType | None) -> None:
+        if self.came is not None and not self.held:
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        raise Interrupted(self.came)
+
+
+signals = Signals()
+
+
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """SIGINT and SIGTERM do nothing meanwhile (they can only be caught in the main thread)."""
+    """No signal interrupts meanwhile; in a notebook, whose Ctrl-C does not come to `signals`, it is ignored."""
+    signals.held = True
     main = threading.current_thread() is threading.main_thread()
-    held = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    notebook = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if notebook:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        for s, handler in held.items():
-            signal.signal(s, handler)
+        signals.held = False
+        if notebook:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    signals.let()
 
 
 def require_finite(what: str, x: np.ndarray, step: int) -> None:
@@ -156,32 +222,74 @@ def converged_at(evaluations: list[dict]) -> int | None:
 # Files: written whole or not at all
 
 
-def unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} could not be written ({error.strerror}); what was there is intact; free some space")
+REMEDIES = {
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "its folder was removed: put it back, or start anew"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "what was there is intact; make its folder writable"),
+}
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside the target, flush to the disk, then rename: a crash leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def unwritable(path: Path, error: OSError) -> WriteError:
+    reason = error.strerror or " ".join(str(error).split())
+    remedy = REMEDIES.get(error.errno, "what was there is intact; free some space")
+    return WriteError(f"{path} could not be written ({reason}); {remedy}")
+
+
+@contextlib.contextmanager
+def replacing(path: Path, ending: str = ".tmp") -> Iterator[Path]:
+    """The name under which to write a file that then takes the place of `path`: a crash leaves the old one or the new.
+
+    Raises:
+        WriteError: it could not be written.
+    """
+    temporary = path.with_name(f".{path.name}{ending}")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def append(path: Path, text: str) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write beside the target, flush to the disk, then rename."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def append(path: Path, text: str | bytes) -> None:
     """Add to a log."""
     try:
-        with open(path, "a", newline="") as file:
-            file.write(text)
+        with open(path, "ab") as file:
+            file.write(text.encode() if isinstance(text, str) else text)
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+def lock(path: Path, busy: str) -> IO:
+    """An open file that no other process can have until it is closed or this process ends, however it ends.
+
+    Raises:
+        UserError: another one has it, which is what `busy` says; or it cannot be made.
+    """
+    try:
+        file = open(path, "wb")  # noqa: SIM115 (stays open)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    taken = False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        taken = True
+    except OSError:  # a file system without locks: nobody is kept out
+        pass
+    if taken or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):  # just now removed
+        file.close()
+        raise UserError(busy)
+    return file
 
 
 def csv_text(rows: list[dict], header: bool) -> str:
@@ -313,6 +421,30 @@ def run_folder(path: str) -> Path:
     return path if path.is_dir() else path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
+def new_folder(folder: Path) -> bool:
+    """Make the directory of a run; False if it is there already.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True)
+        (folder / "checkpoints").mkdir()
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}); choose another --run-root") from None
+    return True
+
+
+def what_else(folder: Path) -> str:
+    """What can be done about a directory that is there already, besides choosing another one."""
+    if any(checkpoints_in(folder)):
+        return ", or continue it with --resume"
+    weights = any(folder.glob("*.pt")) or not (folder / ".lock").exists()
+    return "" if weights else ", or remove it, if nothing is training there: it holds no weights"
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """The files of a run directory from which it can be resumed."""
     return [file for name in ("checkpoints/step_*.pt", "interrupted.pt", "final.pt") for file in folder.glob(name)]
@@ -395,6 +527,38 @@ def export_onnx(agent: nn.Module, obs: int | dict[str, Any], path: Path, kind: s
 # The run directory
 
 
+class Events:
+    """TensorBoard's log. PyTorch's own writer has a thread that writes up to two minutes late: a killed process would
+    lose what its last checkpoint has already seen, and an error on the disk ends in that thread.
+
+    Args:
+        folder: where it lies.
+        purge_step: the step from which on what earlier files say no longer counts.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None):
+        self.path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._write(file_version="brain.Event:2", step=purge_step or 0)
+        if purge_step is not None:
+            from tensorboard.compat.proto.event_pb2 import SessionLog
+
+            self._write(session_log=SessionLog(status=SessionLog.START), step=purge_step)
+
+    def add(self, step: int, scalars: dict[str, float]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._write(summary=Summary(value=values), step=step)
+
+    def _write(self, **event: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        RecordWriter(record).write(Event(wall_time=time.time(), **event).SerializeToString())
+        append(self.path, record.getvalue())
+
+
 class Run:
     """A run's directory, and the context in which it trains: whatever ends the training leaves a summary, and a signal
     also leaves `snapshot` (the whole state at the start of the iteration) as interrupted.pt.
@@ -410,17 +574,21 @@ class Run:
     def __init__(self, script: str, args: Any, device: torch.device, resumed: dict | None, total: int):
         self.args, self.start_time, self.start_step = args, time.time(), resumed["step"] if resumed else 0
         self.total = total
-        self.snapshot: dict | None = None
+        self._snapshot: dict | None = None
+        signals.held = True  # until there is something to save
         self.fresh_episodes = resumed is not None and "fresh_episodes" in resumed["envs"]
         self.finished = False
         self.folder, source = self._folder(script, args)
+        self.lock = lock(self.folder / ".lock", f"{self.folder}: another process is training in it; wait for its end")
         try:
-            self.folder.mkdir(parents=True, exist_ok=source == self.folder)
-            (self.folder / "checkpoints").mkdir(exist_ok=True)
-        except FileExistsError:
-            raise UserError(f"{self.folder} exists; choose another --run-name, or continue it with --resume") from None
-        except OSError as error:
-            raise UserError(f"{self.folder} cannot be made ({error.strerror}); choose another --run-root") from None
+            self._begin(script, device, source, resumed)
+        except BaseException:
+            self.lock.close()
+            raise
+
+    def _begin(self, script: str, device: torch.device, source: Path | None, resumed: dict | None) -> None:
+        """What the directory holds from the start."""
+        args = self.args
         if source is not None:
             self._cut(source, resumed)
         now = {
@@ -439,25 +607,34 @@ class Run:
         self.config["args"] = asdict(args)
         write_json(self.folder / "config.json", self.config)
         print(self.folder, file=sys.stderr)
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and evaluation does without
-
-        self.writer = SummaryWriter(self.folder, purge_step=self.start_step + 1 if resumed else None)
+        self.events = Events(self.folder, purge_step=self.start_step + 1 if resumed else None)
         self.wandb = start_wandb(self) if args.track else None
 
+    @property
+    def snapshot(self) -> dict | None:
+        """The whole state at the start of the iteration. A signal that came before there was one is raised now."""
+        return self._snapshot
+
+    @snapshot.setter
+    def snapshot(self, state: dict) -> None:
+        self._snapshot = state
+        signals.let()
+
     def _folder(self, script: str, args: Any) -> tuple[Path, Path | None]:
-        """Where the run lies, and where the run lies that it continues."""
+        """Where the run lies, which is made if it is new, and where the run lies that it continues."""
         resume = getattr(args, "resume", None)
         source = run_folder(resume) if resume is not None else None
         if source is not None and args.run_name in (None, source.name):
+            (source / "checkpoints").mkdir(exist_ok=True)
             return source, source
-        if args.run_name is not None:
-            return Path(args.run_root) / args.run_name, source
         name = f"{script}__{args.env_id.replace('/', '-')}__seed{args.seed}__{datetime.now():%Y%m%d-%H%M%S}"
-        folder, count = Path(args.run_root) / name, 1
-        while folder.exists():  # two runs begun in the same second
-            count += 1
+        folder, count = Path(args.run_root) / (args.run_name or name), 1
+        while not new_folder(folder):
+            if args.run_name is not None:
+                raise UserError(f"{folder} exists; choose another --run-name{what_else(folder)}")
+            count += 1  # two runs begun in the same second
             folder = Path(args.run_root) / f"{name}-{count}"
-        return folder, None
+        return folder, source
 
     def _cut(self, source: Path, resumed: dict) -> None:
         """Keep of what lies in `source` only what the resumed checkpoint had seen; a torn last line goes too."""
@@ -474,6 +651,8 @@ class Run:
             with contextlib.suppress(UserError):
                 if load_checkpoint(file)["step"] > self.start_step:
                     file.unlink()
+        for file in [*self.folder.glob(".*.tmp"), *self.folder.glob("checkpoints/.*.tmp")]:  # of a killed process
+            file.unlink()
         (self.folder / "summary.json").unlink(missing_ok=True)
         if resumed["best"] is not None:
             self.save_policy("best.pt", {**resumed, **resumed["best"]})
@@ -481,14 +660,27 @@ class Run:
             (self.folder / "best.pt").unlink(missing_ok=True)
 
     def __enter__(self) -> "Run":
+        if not hasattr(self.args, "resume"):  # a script that cannot resume takes no snapshots to wait for
+            try:
+                signals.let()
+            except Interrupted as interrupted:
+                self.__exit__(type(interrupted), interrupted, None)
+                raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         with signals_held():  # a second one must not cut short the saving that the first one began
-            self._close(error)
+            try:
+                self._close(error)
+            except WriteError as unwritten:
+                raise self._with_remedy(unwritten) from error
+            finally:
+                self.lock.close()
 
     def _close(self, error: BaseException | None) -> None:
-        if not self.finished and isinstance(error, Interrupted | KeyboardInterrupt):
+        # a library may have made an error of its own out of Interrupted
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt) or (error is not None and signals.came is not None)
+        if not self.finished and stopped:
             if self.snapshot is not None:
                 save(self.folder / "interrupted.pt", self.snapshot)
             step = self.snapshot["step"] if self.snapshot else self.start_step
@@ -496,14 +688,20 @@ class Run:
             how = f"; to go on: --resume {self.folder}" if self.snapshot else ""  # nothing was saved without one
             print(f"\nstopped at step {step:,}{how}", file=sys.stderr)
         elif not self.finished and error is not None:
-            with contextlib.suppress(UserError):  # such as a full disk: the error itself is what the user must see
+            with contextlib.suppress(UserError, OSError):  # as a full disk: the error itself is what the user must see
                 self.summarize("failed", self.snapshot["step"] if self.snapshot else self.start_step, error=str(error))
-        self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
+        if isinstance(error, WriteError):
+            raise error
+
+    def _with_remedy(self, error: WriteError) -> WriteError:
+        """Says also how to go on."""
+        return WriteError(f"{error}, then --resume {self.folder}" if any(checkpoints_in(self.folder)) else str(error))
 
     def finish(self, step: int, best: dict, **figures: Any) -> dict:
         """The run is complete; figures go into the summary too."""
+        signals.held = True
         best = {"step": best["step"], **{k: v for k, v in best["evaluation"].items() if k != "per_episode"}}
         summary = self.summarize("completed", step, best=best, **figures)
         self.finished = True
@@ -549,8 +747,7 @@ class Run:
         sps = (step - self.start_step) / (time.time() - self.start_time)
         scalars = {**scalars, "time/sps": sps}
         known = {name: value for name, value in scalars.items() if value is not None}
-        for name, value in known.items():
-            self.writer.add_scalar(name, value, step)
+        self.events.add(step, known)
         if self.wandb is not None:
             self.wandb.log(known, step=step)
         row = {"step": step, **scalars}

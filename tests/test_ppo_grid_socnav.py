@@ -669,7 +669,7 @@ def test_a_run_writes_all_files(whole):
     assert len(events) == 1
     checkpoints = {f"checkpoints/step_{step:09d}.pt" for step in range(BATCH, FULL + 1, BATCH)}
     logs = {"progress.csv", "evaluations.jsonl", "episodes.jsonl"}
-    assert names - events == checkpoints | logs | {
+    assert names - events - {".lock"} == checkpoints | logs | {
         "config.json", "best.pt", "final.pt", "policy.onnx", "summary.json",
     }  # fmt: skip
     assert summary == json.loads((folder / "summary.json").read_text())
