@@ -732,6 +732,8 @@ def load_demonstrations(args: Args) -> tuple[Demonstrations, Args]:
         UserError: there are none, or something is wrong with them.
     """
     found = Demonstrations(run.dataset_file(args))
+    if "quality" not in found.manifest:
+        raise UserError(f"{found.file}: collecting was cut short before it was checked; do so with validate")
     checks = (demonstrations.other_file, demonstrations.not_finite, demonstrations.not_finite_actions)
     if found.manifest.get("quality") == "quarantined" or any(wrong(found) for wrong in checks):
         raise UserError(f"{found.file}: something is wrong with it, and validate says what; record it anew")

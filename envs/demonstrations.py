@@ -30,7 +30,7 @@ from gymnasium.vector import VectorEnv
 
 import envs
 from envs.rollout import Film
-from envs.run import UserError, read_json, sha256, unwritable, write_json
+from envs.run import UserError, lock, read_json, replacing, sha256, signals_held, unwritable, write_json
 
 ENOUGH = 200  # episodes from which a dataset without problems counts as validated
 CHUNK = 4096  # steps that are read at a time
@@ -56,17 +56,30 @@ class Writer:
         self.next, self.start = 0, [0]
 
     def __enter__(self) -> "Writer":
-        self._clear()
-        self.parts.mkdir(parents=True)
+        busy = f"{self.file}: another process is recording it; wait for its end, or choose another --dataset name"
+        try:
+            self.parts.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self.parts, error) from error
+        self.lock = lock(self.parts / ".lock", busy)
+        try:  # to clear away what a killed process has left
+            for left in {*self.parts.iterdir(), *self.file.parent.glob(f".{self.file.name}.tmp")}:
+                if left.name != ".lock":
+                    left.unlink()
+            if self.file.exists():  # another process has just ended
+                raise UserError(f"{self.file} exists; choose another --dataset name, or remove it")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for stream in self.streams.values():
-            stream.close()
-        self._clear()
-
-    def _clear(self) -> None:
-        shutil.rmtree(self.parts, ignore_errors=True)
+        with signals_held():
+            for stream in self.streams.values():
+                with contextlib.suppress(OSError):  # a full disk, which has been reported
+                    stream.close()
+            shutil.rmtree(self.parts, ignore_errors=True)
+            self.lock.close()
 
     def add(self, number: int, steps: dict[str, np.ndarray] | None) -> None:
         """Episode `number`, its arrays (T, ...); None leaves it out. Numbers are 0, 1, 2 and so on, each once."""
@@ -90,18 +103,11 @@ class Writer:
 
     def finish(self, **more: np.ndarray) -> None:
         """Pack what was added, and these arrays, into the file: whole or not at all."""
-        temporary = self.file.with_name(f".{self.file.name}.tmp")
-        try:
-            with open(temporary, "wb") as content:
-                with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
-                    self._pack(archive, {"start": np.array(self.start), **more})
-                content.flush()
-                os.fsync(content.fileno())
-            os.replace(temporary, self.file)
-        except OSError as error:
-            raise unwritable(self.file, error) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(self.file) as temporary, open(temporary, "wb") as content:
+            with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+                self._pack(archive, {"start": np.array(self.start), **more})
+            content.flush()
+            os.fsync(content.fileno())
 
     def _pack(self, archive: zipfile.ZipFile, more: dict[str, np.ndarray]) -> None:
         for name, (kind, shape) in self.shapes.items():
@@ -132,7 +138,11 @@ class Demonstrations:
     def __init__(self, file: Path):
         if not file.is_file():
             raise UserError(f"{file}: no such demonstrations; record them with collect, or name others")
-        self.file, self.manifest = file, read_json(file.with_suffix(".json"))
+        about = file.with_suffix(".json")
+        if not about.is_file():
+            cut_short = "as if collecting had been cut short; remove the file and record it anew"
+            raise UserError(f"{file}: {about.name}, which says what it is, is missing, {cut_short}")
+        self.file, self.manifest = file, read_json(about)
         shapes = self._shapes()
         needed = {*OVER_STEPS, *OVER_EPISODES, "start"}
         self.observed = [name for name in shapes if name == "obs" or name.startswith("obs_")]

@@ -428,7 +428,7 @@ DAMAGES = {
     "empty episodes": r"home\.npz: its arrays do not fit together",
     "nan": r"home\.npz: something is wrong with it, and validate says what",
     "infinite action": r"home\.npz: something is wrong with it, and validate says what",
-    "no manifest": r"home\.json: no such file",
+    "no manifest": r"home\.json, which says what it is, is missing",
     "manifest not json": r"home\.json: not JSON",
     "manifest a list": r"home\.json: must hold one JSON object",
     "another manifest": r"home\.npz: not demonstrations of this project",
