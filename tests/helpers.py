@@ -1,5 +1,6 @@
 """Functions that several test files use."""
 
+import csv
 import json
 import math
 import re
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from envs import run
 
 
 def lines(path: Path) -> list[dict]:
@@ -29,6 +32,23 @@ def same(x: Any, y: Any, where: str = "") -> None:
         assert torch.equal(x.nan_to_num(), y.nan_to_num()), where
     else:
         assert x == y or (isinstance(x, float) and math.isnan(x) and math.isnan(y)), where
+
+
+def rows(path: Path) -> list[dict]:
+    """A progress.csv without what depends on the machine."""
+    with open(path, newline="") as file:
+        table = list(csv.DictReader(file))
+    return [{name: value for name, value in row.items() if name != "time/sps"} for row in table]
+
+
+def same_runs(folder: Path, other: Path, final: tuple[str, ...] = ("final.pt", "best.pt")) -> None:
+    """All that training did; the arguments differ in where the runs lie, and the times in what they took."""
+    for name in final:
+        ours, theirs = run.load(folder / name), run.load(other / name)
+        same({**ours, "args": None}, {**theirs, "args": None}, name)
+    for name in ("evaluations.jsonl", "episodes.jsonl"):
+        assert lines(folder / name) == lines(other / name)
+    assert rows(folder / "progress.csv") == rows(other / "progress.csv")
 
 
 def files() -> dict[Path, bytes | None]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import lines, same
+from helpers import lines, rows, same, same_runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_continuous
@@ -66,22 +66,6 @@ def whole(tmp_path_factory):
         patch.setattr(run, "export_onnx", placeholder)
         ppo.train(tiny(folder))
     return folder
-
-
-def rows(path):
-    with open(path, newline="") as file:
-        table = list(csv.DictReader(file))
-    return [{name: value for name, value in row.items() if name != "time/sps"} for row in table]
-
-
-def same_runs(folder, other, final=("final.pt", "best.pt")):
-    """All that training did; the arguments differ in where the runs lie, and the times in what they took."""
-    for name in final:
-        ours, theirs = run.load(folder / name), run.load(other / name)
-        same({**ours, "args": None}, {**theirs, "args": None}, name)
-    for name in ("evaluations.jsonl", "episodes.jsonl"):
-        assert lines(folder / name) == lines(other / name)
-    assert rows(folder / "progress.csv") == rows(other / "progress.csv")
 
 
 def cut(whole, folder):
