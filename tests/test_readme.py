@@ -1,0 +1,97 @@
+"""What the README shows of the code and of the policies is what they are."""
+
+import ast
+import difflib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import gif  # noqa: E402
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    """The README's fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+# The diff of ppo_continuous.py and ppo_residual.py
+
+
+def algorithm(path):
+    """Numbers of the first and the last line between a script's settings and its train()."""
+    body = ast.parse(path.read_text()).body
+    names = [getattr(node, "name", getattr(getattr(node, "target", None), "id", None)) for node in body]
+    return body[names.index("TUNED")].end_lineno + 1, body[names.index("train")].lineno - 1
+
+
+def hunks_between(old, new):
+    """The hunks of `diff -U1` of two scripts in what lies between their settings and train(), a list of lines each."""
+    first, last = algorithm(old)
+    hunks, texts = [], (path.read_text().splitlines() for path in (old, new))
+    for line in list(difflib.unified_diff(*texts, n=1, lineterm=""))[2:]:
+        if line.startswith("@@"):
+            begin = int(re.match(r"@@ -(\d+)", line)[1])
+            hunks.append((begin, []))
+        else:
+            hunks[-1][1].append(line.rstrip())
+    return [lines for begin, lines in hunks if first <= begin <= last]
+
+
+def test_the_diff_of_the_two_scripts_is_the_real_one():
+    (block,) = blocks("diff")
+    real = hunks_between(ROOT / "ppo_continuous.py", ROOT / "ppo_residual.py")
+    expected = "".join("@@\n" + "".join(f"{line}\n" for line in lines) for lines in real)
+    assert block == expected
+
+
+def test_hunks_in_the_settings_and_in_train_are_left_out(tmp_path):
+    source = "TUNED: dict = {%s}\n\n\ndef f():\n    return %s\n\n\ndef train():\n    return %s\n"
+    old, new = tmp_path / "old.py", tmp_path / "new.py"
+    old.write_text(source % ("", 1, 2))
+    new.write_text(source % ("'a': 1", 3, 4))
+    assert hunks_between(old, new) == [[" def f():", "-    return 1", "+    return 3", ""]]
+
+
+# Pictures
+
+
+def shown():
+    """{file: line} of the tools/gif.py commands."""
+    lines = re.findall(r"^ +python (tools/gif\.py .* --output docs/.*)$", README, re.MULTILINE)
+    return {gif_args(line).output: line for line in lines}
+
+
+def gif_args(line):
+    return tyro.cli(gif.Args, args=shlex.split(line, comments=True)[1:])
+
+
+def test_every_picture_in_docs_is_shown_and_every_gif_has_its_command():
+    pictures = set(re.findall(r"!\[[^\]]+\]\((docs/[^)]+)\)", README))
+    assert pictures == {str(path.relative_to(ROOT)) for path in (ROOT / "docs").iterdir()}
+    assert {name for name in pictures if name.endswith(".gif")} == set(shown())
+
+
+@pytest.mark.parametrize("name", shown())
+def test_a_gif_is_small_and_what_its_command_makes(name):
+    """As far as can be told without OpenGL."""
+    args, path = gif_args(shown()[name]), ROOT / name
+    assert Path(args.policy).name == path.stem
+    assert path.stat().st_size < 1e6
+    with Image.open(path) as image:
+        assert image.is_animated
+        assert image.info["loop"] == 0
+        assert image.width == args.width
+        holds = 0
+        for i in range(image.n_frames):
+            image.seek(i)
+            holds += image.info["duration"] == gif.HOLD
+        assert holds == args.episodes
