@@ -2,11 +2,15 @@
 
 import ast
 import difflib
+import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tyro
 from PIL import Image
@@ -95,3 +99,61 @@ def test_a_gif_is_small_and_what_its_command_makes(name):
             image.seek(i)
             holds += image.info["duration"] == gif.HOLD
         assert holds == args.episodes
+
+
+# The notebook
+
+
+DRIVER = """
+import _thread, json, pathlib, sys, threading, time, types
+
+
+def interrupt():
+    progress = pathlib.Path("runs/notebook/progress.csv")
+    while not progress.exists():
+        time.sleep(0.05)
+    _thread.interrupt_main()
+
+
+names, shown = {}, []
+train, *others, picture = json.loads(sys.argv[1])
+threading.Thread(target=interrupt, daemon=True).start()
+try:
+    exec(train, names)
+except KeyboardInterrupt:
+    stopped = json.loads(pathlib.Path("runs/notebook/summary.json").read_text())
+for cell in others:
+    exec(cell, names)
+display = types.SimpleNamespace(Image=lambda name: shown.append(pathlib.Path(name).read_bytes()[:3].decode()))
+sys.modules |= {"IPython": types.SimpleNamespace(display=display), "IPython.display": display}
+exec(picture, names)
+(curve,) = names["plt"].gca().lines
+told = {"stopped": stopped, "curve": curve.get_xydata().tolist(), "shown": shown}
+print(json.dumps({**told, "summary": names["summary"], "result": names["result"]}))
+"""
+
+
+def test_the_cells_of_the_notebook_work(tmp_path):
+    """In a process of their own, shorter, the first one interrupted; what a notebook sends to the shell goes there."""
+    section = README[README.index("### In a notebook") :]
+    cells = [cell for cell in re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)][:4]
+    assert "train(args)" in cells[0]
+    cells[0] = cells[0].replace("total_timesteps=128_000", "total_timesteps=25_600, eval_episodes=10")
+    shell = 'import subprocess, sys; subprocess.run([sys.executable, *"\\1".split()], check=True)'
+    cells = [re.sub(r"^!python (.*)$", shell, cell, flags=re.MULTILINE) for cell in cells]
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    line = [sys.executable, "-c", DRIVER, json.dumps(cells)]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (tmp_path / "runs/notebook/interrupted.pt").exists()
+    assert told["stopped"]["status"] == "interrupted"
+    assert 6_400 <= told["stopped"]["steps"] < 25_600
+    assert (told["summary"]["status"], told["summary"]["steps"]) == ("completed", 25_600)
+    assert told["summary"]["resumed_from_step"] == told["stopped"]["steps"]
+    assert (told["result"]["episodes"], told["result"]["policy"]) == (10, "runs/notebook")
+    assert told["shown"] == ["GIF"]
+    curve = np.array(told["curve"])
+    np.testing.assert_array_equal(curve[:, 0], [6_400, 12_800, 19_200, 25_600])
+    assert np.isfinite(curve[:, 1]).tolist() == [False, True, False, True]
