@@ -11,6 +11,10 @@ from envs.socnav import environment
 from envs.socnav.scenarios import choose
 
 
+def pytest_addoption(parser):
+    parser.addoption("--env-id", help="tests/test_contract.py: the environment to test instead of ours, MODULE:ID")
+
+
 @pytest.fixture(scope="module")
 def smaller_training_world():
     """Every fifth variant of the training scenarios, since to draw the starts of all takes ten seconds."""
