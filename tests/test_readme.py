@@ -157,3 +157,23 @@ def test_the_cells_of_the_notebook_work(tmp_path):
     curve = np.array(told["curve"])
     np.testing.assert_array_equal(curve[:, 0], [6_400, 12_800, 19_200, 25_600])
     assert np.isfinite(curve[:, 1]).tolist() == [False, True, False, True]
+
+
+# CONTRIBUTING.md
+
+
+def test_the_environment_of_the_guide_keeps_the_contract_and_trains(tmp_path):
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    (tmp_path / "reach.py").write_text(block)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    commands = re.findall(r"^    (pytest|python) (.* --env-id reach:.*)$", guide, re.MULTILINE)
+    assert [program for program, _ in commands] == ["pytest", "python"]
+    (_, contract), (_, training) = commands
+    for line in (f"-m pytest -p no:cacheprovider {ROOT}/{contract}", f"{ROOT}/{training} --dry-run"):
+        line = line.replace("--total-timesteps 50000 ", "")
+        done = subprocess.run(
+            [sys.executable, *line.split()], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "best policy at step 2,048" in done.stdout
