@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from envs.command import started_together
-from envs.run import Interrupted, UserError, checkpoints_in, run_folder
+from envs.run import Interrupted, UserError, checkpoints_in, run_folder, signals
 
 
 def count() -> int:
@@ -162,7 +162,8 @@ def exchange(collective: Callable, *args: Any) -> None:
         collective(*args)
     except RuntimeError as error:
         print(f"\nanother process of this run has ended: {str(error).splitlines()[0]}", file=sys.stderr)
-        raise Interrupted(signal.SIGTERM) from error
+        signals.came = signals.came or signal.SIGTERM  # the one that follows is this same one
+        raise Interrupted(signals.came) from error
 
 
 class Unwritten:
