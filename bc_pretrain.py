@@ -73,6 +73,8 @@ class CollectArgs:
 class ValidateArgs:
     dataset: tyro.conf.Positional[str]
     """name of the demonstrations; ends with status 1 if something is wrong with them"""
+    env_id: str | None = None
+    """their environment, needed only where a module of yours has it: MODULE:ID"""
     run_root: str = "runs"
     """directory that holds the runs and datasets/"""
 
@@ -87,6 +89,8 @@ class InspectArgs:
     """with --episode: play it again and record it beside the demonstrations"""
     render: Literal["human"] | None = None
     """with --episode: play it again in a window"""
+    env_id: str | None = None
+    """their environment, needed only where a module of yours has it: MODULE:ID"""
     run_root: str = "runs"
     """directory that holds the runs and datasets/"""
 
@@ -460,13 +464,15 @@ def agent_for(vec: VectorEnv, args: Args) -> Agent | GridAgent:
     return make_agent(vec, args)
 
 
-def trained(path: str) -> tuple[Policy, dict]:
-    """A policy from a file or a run as it is deployed, and the contents of the file.
+def trained(path: str, env_id: str | None = None) -> tuple[Policy, dict]:
+    """A policy from a file or a run as it is deployed, and the contents of the file. env_id: what the user has named.
 
     Raises:
         UserError: there is none, or it is a residual.
     """
     policy = run.load_policy(path, kind="policy")
+    command.require_named(policy["env_id"], env_id, path)
+    command.check_env_kwargs(policy["env_kwargs"])
     networks = {name: policy["args"][name] for name in (*NETWORK, *SIGHT) if name in policy["args"]}
     args = command.args_from(Args, {"dataset": "", **networks}, path)  # of which only the network's settings count
     args = replace(args, env_id=policy["env_id"], env_kwargs=policy["env_kwargs"])
@@ -591,7 +597,7 @@ def who_plays(args: CollectArgs) -> tuple[Policy, Policy | None, str, dict]:
     """
     learned, env_id, own = run.is_policy_path(args.policy), args.env_id, {}
     if learned:
-        expert, policy = trained(args.policy)
+        expert, policy = trained(args.policy, env_id)
         env_id, own = policy["env_id"], policy["env_kwargs"]
         if args.env_id not in (None, env_id):
             raise UserError(f"{args.policy}: a policy for {env_id}, not {args.env_id}; leave --env-id out")
@@ -611,7 +617,7 @@ def who_plays(args: CollectArgs) -> tuple[Policy, Policy | None, str, dict]:
     run.require_alike(args.policy, own, settings, sense if learned else {*own})
     clone = None
     if args.dagger is not None:
-        clone, policy = trained(args.dagger)
+        clone, policy = trained(args.dagger, env_id)
         if policy["env_id"] != env_id:
             raise UserError(f"{args.dagger}: a policy for {policy['env_id']}, not {env_id}; give another")
         run.require_alike(args.dagger, policy["env_kwargs"], settings, sense)
@@ -625,7 +631,7 @@ def shared_out(total: int, parts: int) -> list[int]:
 
 def validate(args: ValidateArgs) -> bool:
     """Print what is right and wrong with demonstrations, and note it in their manifest. Whether nothing is wrong."""
-    return demonstrations.validate(Demonstrations(run.dataset_file(args)))
+    return demonstrations.validate(Demonstrations(run.dataset_file(args), args.env_id))
 
 
 def inspect(args: InspectArgs) -> None:
@@ -634,7 +640,7 @@ def inspect(args: InspectArgs) -> None:
     Raises:
         UserError: there is no such episode, or no way to show it.
     """
-    found = Demonstrations(run.dataset_file(args))
+    found = Demonstrations(run.dataset_file(args), args.env_id)
     if args.episode is None and (args.video or args.render):
         raise UserError("--video and --render show one episode; say which with --episode")
     if args.video and args.render:
@@ -715,6 +721,7 @@ def check(args: Args) -> None:
     wrong = [name for name, value in least.items() if not np.min(getattr(args, name), initial=value) >= value]
     wrong += ["hidden_sizes"] * (args.hidden_sizes is not None and min(args.hidden_sizes, default=1) < 1)
     wrong += ["gamma"] * (args.gamma is not None and not 0 <= args.gamma <= 1)
+    wrong += [name for name in command.WIDTHS if command.too_wide(name, getattr(args, name))]
     wrong += ["rays"] * (args.rays < 2 or args.rays % 2 == 1)
     wrong += ["cnn_channels"] * (len(args.cnn_channels) != 3)
     wrong += [name for name in ("seed", "eval_seed") if getattr(args, name) >= 2**32]
@@ -731,7 +738,7 @@ def load_demonstrations(args: Args) -> tuple[Demonstrations, Args]:
     Raises:
         UserError: there are none, or something is wrong with them.
     """
-    found = Demonstrations(run.dataset_file(args))
+    found = Demonstrations(run.dataset_file(args), args.env_id)
     if "quality" not in found.manifest:
         raise UserError(f"{found.file}: collecting was cut short before it was checked; do so with validate")
     checks = (demonstrations.other_file, demonstrations.not_finite, demonstrations.not_finite_actions)

@@ -40,7 +40,7 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any)
         if module:
             importlib.import_module(module)  # which registers it
         spec = gym.spec(name)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:  # the last two of names that no module can have
         raise UserError(f"{env_id}: {error}; MODULE:ID takes a module that Python finds") from None
     except gym.error.Error:
         ours = ", ".join(OURS)

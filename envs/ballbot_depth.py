@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from envs import run
 from envs.ballbot_terrain import POINTS, SIDE, SPACING
+from envs.contents import unlike
 from envs.run import UserError
 
 FAR = 1.0  # m: depths are cut off here
@@ -166,6 +167,7 @@ def load_encoder(path: str) -> dict:
     content = run.read_pt(Path(path), "tools/pretrain_encoder.py makes an encoder")
     if content.get("kind") != "encoder":
         raise UserError(f"{path}: holds no encoder; tools/pretrain_encoder.py makes one")
+    run.require(content, {"depth_size": int, "encoder": {str: Tensor}}, path, "tools/pretrain_encoder.py makes another")
     return content
 
 
@@ -187,6 +189,8 @@ class FrozenEncoder:
         if content["depth_size"] != size:
             raise UserError(f"{path}: encodes images of depth_size {content['depth_size']}, not {size}")
         network = DepthEncoder(size)
+        if wrong := unlike(content["encoder"], dict(network.state_dict()), "encoder"):
+            raise UserError(f"{path}: {wrong}; tools/pretrain_encoder.py makes another")
         network.load_state_dict(content["encoder"])
         self.network = network.double().eval().requires_grad_(False)
 

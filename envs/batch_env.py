@@ -9,11 +9,14 @@ import torch
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space, create_empty_array
 
-from envs.run import UserError
+from envs.contents import COUNT, misfit, unlike
+from envs.run import UserError, plain
 
 FASTEST_FILM = 60  # frames a second: of faster environments, films and windows leave frames out
 SPLITS = ("train", "validation", "test")
 Array = np.ndarray | torch.Tensor
+# Where the state of the environments comes from, and what to do if it is no good
+SNAPSHOT, OTHER = "--resume: the snapshot in the checkpoint", "resume from another checkpoint"
 
 
 def sequence(seed: int | list[int], split: str = "train") -> np.random.SeedSequence:
@@ -157,16 +160,30 @@ class BatchEnv(gym.vector.VectorEnv):
         """Go back to a snapshot. Returns the observation of that moment.
 
         Raises:
-            UserError: the snapshot is from an environment of another shape.
+            UserError: the snapshot is from an environment of another shape, or no snapshot.
         """
-        for name, array in self._everything().items():
-            saved = state["arrays"].get(name)
-            if saved is None or tuple(array.shape) != tuple(saved.shape):
-                raise UserError(f"the snapshot has no {name} of this shape: it is from another version")
-            array[:] = saved
-        for rng, rng_state in zip(self.rngs, state["rngs"], strict=True):
-            rng.bit_generator.state = rng_state
-        return self.observe(np.arange(self.num_envs))
+        self.require_snapshot(state)
+        try:
+            for name, array in self._everything().items():
+                array[:] = state["arrays"][name]
+            for rng, rng_state in zip(self.rngs, state["rngs"], strict=True):
+                rng.bit_generator.state = rng_state
+            return self.observe(np.arange(self.num_envs))
+        except (ValueError, TypeError, IndexError, OverflowError, RuntimeError) as error:
+            raise UserError(f"{SNAPSHOT} holds what cannot be ({error}); {OTHER}") from error
+
+    def require_snapshot(self, state: Any) -> None:
+        """Raises UserError unless a snapshot has the names, shapes and types of this environment's. A subclass also
+        looks at the values that say where something is, such as a row of a table."""
+        if wrong := unlike(plain(state), plain(self.state_dict()), "envs"):
+            raise UserError(f"{SNAPSHOT} does not fit: {wrong}: it is from another version; {OTHER}")
+
+    def require_within(self, state: dict, bounds: dict[str, tuple[Any, Any]]) -> None:
+        """Raises UserError unless the arrays of a snapshot lie between these bounds, {name: (lowest, highest)}."""
+        for name, (low, high) in bounds.items():
+            values = np.asarray(state["arrays"][name])
+            if not ((values >= np.asarray(low)) & (values <= np.asarray(high))).all():
+                raise UserError(f"{SNAPSHOT} has an impossible {name}; {OTHER}")
 
 
 def write(obs: Any, rows: Array, new: Any) -> None:
@@ -277,7 +294,13 @@ class GymVec(gym.vector.VectorEnv):
         return {"fresh_episodes": True, "seed": self.seed, "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> np.ndarray:
-        """Begin episodes that this seed has not played before. Returns their first observation."""
+        """Begin episodes that this seed has not played before. Returns their first observation.
+
+        Raises:
+            UserError: it is no such snapshot.
+        """
+        if wrong := misfit(state, {"seed": COUNT, "steps": COUNT}, "envs"):
+            raise UserError(f"{SNAPSHOT} does not fit: {wrong}; {OTHER}")
         obs, _ = self.reset(seed=[[state["seed"], i, state["steps"]] for i in range(self.num_envs)])
         self.seed, self.steps = state["seed"], state["steps"]
         return obs

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 import tyro
 
+from envs.contents import COUNT, shown
 from envs.run import (
+    CONFIG,
     Interrupted,
     UserError,
     find_checkpoint,
@@ -24,6 +26,7 @@ from envs.run import (
     load_checkpoint,
     load_policy,
     read_json,
+    require,
     require_same_files,
     run_folder,
     signals,
@@ -36,6 +39,10 @@ NOT_INHERITED = (
     *("resume", "pretrained", "freeze_normalizer", "evaluate", "config", "run_root", "run_name"),
     *("track", "capture_video", "dry_run"),
 )
+# Arguments of an environment that are the script's to set
+SCRIPT_SETS = ("env_id", "num_envs", "seed", "training", "split", "threads", "render_mode")
+# Settings that say how wide a network is, and the widest: beyond it a layer alone takes more than a gigabyte
+WIDTHS, WIDEST, MOST_ENVS = ("hidden_sizes", "set_units", "cnn_channels", "rays", "people"), 2**14, 2**20
 SOME, MANY = 256, 2048  # environments that --num-envs auto stands for on a CPU and on a GPU
 # Settings of --evaluate: how it measures, what else it looks at, and what works with nothing but --evaluate
 MEASURE = ("eval_episodes", "eval_seed", "threads")
@@ -108,6 +115,8 @@ def parse(
     else:
         # A scripted controller plays the task as it is, without the arguments that are tuned for learning
         source, values, forget = "tuned settings", {}, (*NOT_INHERITED, *(["env_kwargs"] if playing else []))
+    values = {name: getattr(args_from(args_class, values, source), name) for name in values}
+    require_named(values.get("env_id", ""), chosen.env_id, source)
     choice = [name for name, p in inspect.signature(tuned).parameters.items() if p.kind != p.VAR_KEYWORD]
     if playing and not is_policy_path(chosen.evaluate):  # what it does not use is refused below
         choice = [name for name in choice if name in USED_BY_EVALUATE]
@@ -137,6 +146,14 @@ def parse(
     return args
 
 
+def require_named(env_id: str, given: str | None, source: str) -> None:
+    """Raises UserError if a file asks for an environment of a module, which would run it, and the user did not."""
+    module = env_id.rpartition(":")[0]
+    if module and env_id != given and module not in sys.modules:
+        asks = f"{source}: its environment {env_id} would run the module {module}, which no file may ask for"
+        raise UserError(f"{asks}; if you trust it, give --env-id {env_id}, or import it first")
+
+
 def changed(args: Any, other: Any) -> list[str]:
     """Names of the fields in which two Args differ."""
     return [field.name for field in fields(args) if getattr(args, field.name) != getattr(other, field.name)]
@@ -160,8 +177,10 @@ def checked(args: Any) -> Any:
         args = replace(args, total_timesteps=step, checkpoint_every=step, eval_episodes=2)
     for name in ("num_envs", "num_steps", "update_epochs", "threads", "hidden_sizes", "group_size"):
         refuse(np.min(getattr(args, name), initial=1) < 1, name, "at least 1")
+    refuse(args.num_envs > MOST_ENVS, "num_envs", f"at most {MOST_ENVS}")
     for field in fields(args):
         value = getattr(args, field.name)
+        refuse(too_wide(field.name, value), field.name, f"at most {WIDEST}")
         refuse(isinstance(value, float) and not np.isfinite(value), field.name, "a finite number")
     for name in (
         "eval_every",
@@ -218,7 +237,7 @@ def steps_per_rollout(args: Any) -> int:
 
 def check_env_kwargs(*dicts: dict) -> None:
     """Raises UserError for an argument of the environment that is the script's to set."""
-    for name in ("env_id", "num_envs", "seed", "training", "split", "threads", "render_mode"):
+    for name in SCRIPT_SETS:
         if any(name in kwargs for kwargs in dicts):
             raise UserError(f"{name} is not for --env-kwargs: the script sets it; leave it out")
 
@@ -232,13 +251,20 @@ def args_from(args_class: type, values: dict, source: str) -> Any:
     types_of = {field.name: field.type for field in fields(args_class)}
     for name, value in values.items():
         if name not in types_of:
-            raise UserError(f"{source}: unknown setting {name!r}; --help lists the settings")
+            raise UserError(f"{source}: unknown setting {shown(name)}; --help lists the settings")
         if isinstance(value, list):
             value = tuple(value)  # JSON knows no tuples
         if not fits(value, types_of[name]):
-            raise UserError(f"{source}: {name} cannot be {value!r}; --help says what it takes")
+            raise UserError(f"{source}: {name} cannot be {shown(value)}; --help says what it takes")
+        if too_wide(name, value):
+            raise UserError(f"{source}: {name} must be at most {WIDEST}, not {shown(value)}; --help says what it takes")
         values = {**values, name: value}
     return args_class(**values)
+
+
+def too_wide(name: str, value: Any) -> bool:
+    """Whether a setting asks for a wider network than there can be."""
+    return name in WIDTHS and value is not None and np.max(value, initial=0) > WIDEST
 
 
 def fits(value: Any, annotation: Any) -> bool:
@@ -289,8 +315,10 @@ def load_to_resume(args: Any, last_step: int, kind: str) -> dict | None:
             f"{args.resume}: no run directory (it has no config.json); --pretrained starts from a lone file"
         )
     # a run may have been stopped after its last step, before all its files were written
+    require(read_json(folder / "config.json"), CONFIG, folder / "config.json", "restore it")
     summary = folder / "summary.json"
     end = read_json(summary) if summary.exists() else {}
+    require(end, {"steps?": COUNT}, summary, "restore it, or remove it")
     last = [last_step, *([end.get("steps")] if args.total_timesteps <= before.total_timesteps else [])]
     if checkpoint["step"] > last_step or (end.get("status") == "completed" and checkpoint["step"] in last):
         done = f"{args.resume} is complete at {checkpoint['step']:,} steps"

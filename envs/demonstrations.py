@@ -17,6 +17,7 @@ and over the m episodes:
 """
 
 import contextlib
+import math
 import os
 import shutil
 import zipfile
@@ -29,12 +30,23 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 import envs
+from envs.command import SCRIPT_SETS, require_named
+from envs.contents import ARGUMENTS
 from envs.rollout import Film
-from envs.run import UserError, lock, read_json, replacing, sha256, signals_held, unwritable, write_json
+from envs.run import UserError, lock, read_json, replacing, require, sha256, signals_held, unwritable, write_json
 
 ENOUGH = 200  # episodes from which a dataset without problems counts as validated
 CHUNK = 4096  # steps that are read at a time
 OVER_STEPS, OVER_EPISODES = ("action", "played", "reward"), ("seed", "returns", "successes", "terminated")
+# Of what sort the numbers are; arrays that nobody reads may be of any but pickled ones
+KINDS = {
+    **{"start": "i", "seed": "iu", "successes": "b", "terminated": "b", "scenario": "U"},
+    **dict.fromkeys(("action", "played", "reward", "returns"), "f"),
+}
+MANIFEST = {
+    **{"env_id": str, "env_kwargs": ARGUMENTS, "sha256": str, "quality?": str, "success_rate?": float | None},
+    "collected_with?": {"dagger?": str | None, "action_noise?": float},
+}
 REPLAYED = 3  # episodes that are played again to see whether all is as it was
 
 
@@ -135,7 +147,7 @@ class Demonstrations:
         UserError: they are missing, damaged, or no demonstrations, or their arrays do not fit together.
     """
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, env_id: str | None = None):
         if not file.is_file():
             raise UserError(f"{file}: no such demonstrations; record them with collect, or name others")
         about = file.with_suffix(".json")
@@ -152,6 +164,10 @@ class Demonstrations:
             or not self.observed
         ):
             raise UserError(f"{file}: not demonstrations of this project; record them anew with collect")
+        require(self.manifest, MANIFEST, file.with_suffix(".json"), "restore it, or record them anew with collect")
+        require_named(self.manifest["env_id"], env_id, str(file.with_suffix(".json")))
+        if taken := [name for name in SCRIPT_SETS if name in self.manifest["env_kwargs"]]:
+            raise UserError(f"{file.with_suffix('.json')}: {taken[0]} is not for env_kwargs; leave it out")
         with self._reading(), np.load(file, allow_pickle=False) as content:
             arrays = {name: content[name] for name in shapes if name not in self.observed}
         self.start, self.action, self.played, self.reward = (arrays[n] for n in ("start", *OVER_STEPS))
@@ -162,7 +178,10 @@ class Demonstrations:
             shapes[name][0] for name in (*OVER_EPISODES, *["scenario"] * ("scenario" in shapes)) if shapes[name]
         }
         whole = self.start.ndim == 1 and self.start.dtype.kind == "i" and len(self.start) > 1
-        whole = whole and self.start[0] == 0 and (np.diff(self.start) > 0).all()
+        whole = whole and self.start[0] == 0 and (np.diff(self.start) > 0).all() and self.start.max() == self.start[-1]
+        whole = whole and all(array.dtype.kind in KINDS.get(name, "fiubUS") for name, array in arrays.items())
+        whole = whole and self.seed.shape == (len(self.start) - 1, 2) and (self.seed >= 0).all()
+        whole = whole and all(len(shapes[name]) == 1 for name in ("returns", "successes", "terminated"))
         whole = whole and steps == {self.start[-1]} and episodes == {len(self.start) - 1}
         whole = whole and self.action.ndim == 2 and self.action.shape == self.played.shape and self.reward.ndim == 1
         if not whole or not all(len(shapes[name]) > 1 for name in self.observed):
@@ -204,9 +223,17 @@ class Demonstrations:
 
 
 def header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an array in the archive."""
+    """Shape and type of an array in the archive.
+
+    Raises:
+        ValueError: what follows is of another size, so that memory is never asked for on a header's word alone.
+    """
     with archive.open(name) as stream:
-        return skip_header(stream)
+        shape, kind = skip_header(stream)
+        size = archive.getinfo(name).file_size - stream.tell()
+    if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize != size or not kind.isnative:
+        raise ValueError("a header that does not fit")
+    return shape, kind
 
 
 def skip_header(stream: Any) -> tuple[tuple[int, ...], np.dtype]:

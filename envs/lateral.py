@@ -549,10 +549,14 @@ class LateralControl(BatchEnv):
             "road": np.array([self.road.checksum]),
         }
 
-    def load_state_dict(self, state: dict) -> np.ndarray:
+    def require_snapshot(self, state: Any) -> None:
+        super().require_snapshot(state)
         if int(state["arrays"]["road"][0]) != self.road.checksum:
             raise UserError("the run drove on other segments; give data_path the files that it had")
-        return super().load_state_dict(state)
+        t = FIRST + np.asarray(state["arrays"]["episode_length"])
+        last = FIRST + np.asarray(state["arrays"]["limit"]) - 1
+        self.require_within(state, {"limit": (1, STEPS), "segment": (0, len(self.road.names) - 1)})
+        self.require_within(state, {"t": (np.maximum(t, FIRST), np.minimum(t, last)), "sim_lat": (-1e3, 1e3)})
 
 
 class LateralControlEnv(SingleEnv):

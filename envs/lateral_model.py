@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import helper, numpy_helper
 
 from envs.lateral_segments import CONTEXT
+from envs.onnx_file import open_session, read_model
 from envs.run import UserError
 
 BINS = np.linspace(-5, 5, 1024)  # lateral accelerations that the model can tell apart, m/s^2
@@ -30,20 +30,14 @@ class Dynamics:
         advice = "model_path is the challenge's tinyphysics.onnx, or left out"
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file; {advice}")
+        model = read_model(path, advice)
         try:
-            content = last_position_only(onnx.load(str(path))).SerializeToString()
+            model = last_position_only(model)
         except ValueError:  # its output is made in another way; the whole of it does as well
-            content = Path(path).read_bytes()
+            pass
         except Exception as error:  # what onnx raises for damaged files has no common public base
             raise UserError(f"{path}: not a readable ONNX model; {advice}") from error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        if threads > 1:  # idle threads sleep: a core they would spin on may have other work
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions have no common public base
-            raise UserError(f"{path}: onnxruntime cannot run it; {advice}") from error
+        self.session = open_session(path, model, threads, advice)
         found = {i.name: (i.type, i.shape[1:]) for i in self.session.get_inputs()}
         needed = {"states": ("tensor(float)", [CONTEXT, 4]), "tokens": ("tensor(int64)", [CONTEXT])}
         if found != needed:

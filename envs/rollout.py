@@ -1,5 +1,6 @@
 """Play a policy and measure it: evaluation, comparison, video. And policies to play: scripted, ONNX, blends."""
 
+import contextlib
 import json
 import math
 import sys
@@ -15,6 +16,7 @@ from torch import nn
 
 import envs
 from envs.batch_env import FASTEST_FILM
+from envs.contents import misfit, shown
 from envs.run import (
     MEANING,
     UserError,
@@ -335,20 +337,16 @@ class OnnxPolicy:
     obs: how many observations there are, or {name: shape} of a dict of them."""
 
     def __init__(self, path: str, obs: int | dict[str, tuple[int, ...]], action_dim: int):
-        import onnxruntime
+        from envs.onnx_file import open_session, read_model  # slow to import
 
         if not Path(path).is_file():
             raise UserError(
                 f"{path}: no such file; a base policy is zero, a scripted controller, PATH.onnx or blend:A:B:w"
             )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        try:
-            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions have no common public base
-            raise UserError(f"{path}: not a readable ONNX model; export it again") from error
-        about = self.session.get_modelmeta().custom_metadata_map
-        self.env_kwargs = {name: json.loads(about[name]) for name in MEANING & {*about}}
+        model = read_model(path, "export it again")
+        self.session = open_session(path, model, 1, "export it again")
+        about = {entry.key: entry.value for entry in model.metadata_props}
+        self.env_kwargs = meaning(path, about)
         if about.get("kind") == "residual":
             raise UserError(f"{path}: holds a residual, which is only half an action; give a whole policy")
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
@@ -362,13 +360,37 @@ class OnnxPolicy:
                 advice = "export it for float32 and any number of observations (batch axis)"
                 raise UserError(f"{path}: takes {i.type} {i.shape}; {advice}")
         self.path, self.inputs = path, {i.name: np.float32 if i.type == "tensor(float)" else np.uint8 for i in inputs}
+        self.action_dim = action_dim
 
     def __call__(self, obs: Any) -> np.ndarray:
         obs = obs if isinstance(obs, dict) else dict.fromkeys(self.inputs, obs)
-        action = self.session.run(None, {name: obs[name].astype(kind) for name, kind in self.inputs.items()})[0]
+        seen = {name: obs[name].astype(kind) for name, kind in self.inputs.items()}
+        try:
+            action = self.session.run(None, seen)[0]
+        except Exception as error:  # onnxruntime's exceptions have no common public base
+            raise UserError(f"{self.path}: onnxruntime cannot run it; export it again") from error
+        needed = (len(next(iter(seen.values()))), self.action_dim)
+        if not isinstance(action, np.ndarray) or action.dtype != np.float32 or action.shape != needed:
+            what = f"{action.dtype} {action.shape}" if isinstance(action, np.ndarray) else "no array"
+            raise UserError(f"{self.path}: returned {what}, not float32 {needed}; export a working policy")
         if not np.isfinite(action).all():
             raise UserError(f"{self.path}: returned NaN or infinity for a finite observation; export a working policy")
         return action
+
+
+def meaning(path: str, about: dict[str, str]) -> dict[str, Any]:
+    """The arguments of the environment that an ONNX file's metadata name.
+
+    Raises:
+        UserError: they are no such values.
+    """
+    found = {}
+    for name in sorted(MEANING & {*about}):
+        with contextlib.suppress(ValueError, RecursionError):
+            found[name] = json.loads(about[name])
+        if misfit(found, {name: int | float | bool | str}):
+            raise UserError(f"{path}: its metadata say {name} {shown(about[name])}, which cannot be; export it again")
+    return found
 
 
 class Blend:

@@ -33,16 +33,45 @@ import numpy as np
 import torch
 from torch import nn
 
+from envs.contents import ARGUMENTS, COUNT, misfit, shown, unlike
+
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy", "onnxruntime")
 # Arguments of environments that say what an action means: a deployed policy needs them
 MEANING = {"action_mode", "action_repeat"}
 # and those that say what it sees, where the shape of an observation does not tell
 SIGHT = ("grid_channels", "grid_size", "grid_resolution")
-POLICY_KEYS = ("kind", "env_id", "env_kwargs", "args", "agent", "step")
+# What files hold, as envs/contents.py says it: a policy, an evaluation, a checkpoint, a run's config.json
+POLICY = {
+    **{"kind": str, "env_id": str, "env_kwargs": ARGUMENTS, "args": {str: object}},
+    **{"agent": {str: torch.Tensor}, "step": COUNT},
+}
+POLICY_KEYS = tuple(POLICY)
+EVALUATION = {
+    **{"mean_return": float, "mean_length": float, "success_rate": float | None, "failure_rate": float | None},
+    "metrics": {str: float | None, "score?": float},
+}
+EPISODE = {"step": COUNT, "return": float, "length": float, "success": bool | None}
+CHECKPOINT = {
+    **POLICY,
+    **{"optimizer": dict, "reward_scaler": {str: torch.Tensor}, "envs": dict, "recent": [EPISODE]},
+    "best": (type(None), {"step": COUNT, "agent": {str: torch.Tensor}, "evaluation": EVALUATION}),
+    "evaluations?": [{"step": COUNT, "success_rate": float, "failure_rate": float}],
+    "rng": {"cpu": torch.Tensor, "cuda": [torch.Tensor]},
+}
+PARENTS = {str: {"sha256": str, "config": dict | None, "steps?": int | None}}
+CONFIG = {"parents?": PARENTS, "resumed?": list}
+LONGEST_MESSAGE = 2000  # characters
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: the message says what is wrong and what to do."""
+    """A mistake that the user can mend: the message says what is wrong and what to do.
+
+    It is one line that a terminal can show, whatever a file put into it."""
+
+    def __init__(self, message: str):
+        line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+        half = LONGEST_MESSAGE // 2
+        super().__init__(line if len(line) <= LONGEST_MESSAGE else f"{line[: half - 5]} ... {line[-half:]}")
 
 
 class WriteError(UserError):
@@ -315,12 +344,20 @@ def read_json(path: Path) -> dict:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; give a JSON file such as a run's config.json")
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise UserError(f"{path}: not JSON that can be read (nested too deep); mend it or use another") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); mend it or use another") from None
     if not isinstance(content, dict):
         raise UserError(f'{path}: must hold one JSON object, such as {{"learning_rate": 0.001}}')
     return content
+
+
+def require(content: Any, wanted: Any, source: str | Path, advice: str) -> None:
+    """Raises UserError unless what a file holds is as wanted; see contents.misfit."""
+    if wrong := misfit(content, wanted):
+        raise UserError(f"{source}: {wrong}; {advice}")
 
 
 def save(path: Path, content: dict) -> None:
@@ -357,6 +394,7 @@ def load(path: Path) -> dict:
         raise UserError(
             f"{path}: not a policy of this project; give best.pt, final.pt or checkpoints/step_*.pt of a run"
         )
+    require(content, POLICY, path, "use another file")
     return content
 
 
@@ -383,6 +421,11 @@ def load_checkpoint(path: Path, kind: str | None = None) -> dict:
     checkpoint = load_policy(str(path), kind)
     if "optimizer" not in checkpoint:
         raise UserError(f"{path}: a policy without its training state; --pretrained starts from one, --resume cannot")
+    require(checkpoint, CHECKPOINT, path, "use another checkpoint")
+    try:
+        torch.Generator().set_state(checkpoint["rng"]["cpu"])
+    except (RuntimeError, TypeError):
+        raise UserError(f"{path}: its rng.cpu is no state of PyTorch's generator; use another checkpoint") from None
     return checkpoint
 
 
@@ -485,7 +528,9 @@ def load_agent(agent: nn.Module, policy: dict, args: Any, source: str) -> None:
         here, there = (tuple(state[name].shape) if name in state else "absent" for state in (own, theirs))
         if here != there:
             advice = "use the settings it was trained with, such as --hidden-sizes"
-            raise UserError(f"{source}: {name} is {there} there and {here} here; {advice}")
+            raise UserError(f"{source}: {shown(name)[1:-1]} is {there} there and {here} here; {advice}")
+        if own[name].dtype != theirs[name].dtype:
+            raise UserError(f"{source}: {name} is {theirs[name].dtype}, not {own[name].dtype}; use another file")
     for name in SIGHT:
         here, there = (kwargs.get(name, "the default") for kwargs in (args.env_kwargs, policy["env_kwargs"]))
         if here != there:
@@ -493,7 +538,35 @@ def load_agent(agent: nn.Module, policy: dict, args: Any, source: str) -> None:
     for name in {"center", "scale"} & {*own}:
         if not torch.equal(own[name].cpu(), theirs[name].cpu()):
             raise UserError(f"{source}: its actions have another range; give the --env-kwargs it was trained with")
+    if "optimizer" in policy:
+        require_training_state(agent, policy, args, source)
     agent.load_state_dict(theirs)
+
+
+def require_training_state(agent: nn.Module, checkpoint: dict, args: Any, source: str) -> None:
+    """Raises UserError unless the checkpoint's optimiser, reward scaler and best policy fit the networks."""
+    parameters = dict(enumerate(agent.parameters()))
+    adam = torch.optim.AdamW(agent.parameters(), fused=True).state_dict()["param_groups"][0]
+    saved, scalar = checkpoint["optimizer"], torch.zeros(())
+    wrong = misfit(saved, {"param_groups": [{"lr": float, "params": list}], "state": {int: dict}}, "optimizer")
+    if not wrong:
+        # A parameter without a gradient so far has no state; another version of PyTorch may have other settings
+        used = [i for i in saved["state"] if i in parameters]
+        moments = {i: {"step": scalar, "exp_avg": parameters[i], "exp_avg_sq": parameters[i]} for i in used}
+        wrong = unlike(saved["state"], moments, "optimizer.state")
+        shared = [{name: adam[name] for name in adam if name in group} for group in saved["param_groups"][:1]]
+        known = [{name: x for name, x in group.items() if name in adam} for group in saved["param_groups"]]
+        wrong = wrong or unlike(known, shared, "optimizer.param_groups")
+        wrong = wrong or (
+            "" if known and known[0]["params"] == adam["params"] else "its optimizer has other parameters"
+        )
+    stats = {"stats.mean": scalar, "stats.var": scalar, "stats.count": torch.zeros((), dtype=torch.int64)}
+    scaler = {"returns": torch.zeros(args.num_envs), **stats}
+    wrong = wrong or unlike(checkpoint["reward_scaler"], scaler, "reward_scaler")
+    if checkpoint["best"] is not None:
+        wrong = wrong or unlike(checkpoint["best"]["agent"], checkpoint["agent"], "best.agent")
+    if wrong:
+        raise UserError(f"{source}: {wrong}; resume from another checkpoint")
 
 
 def export_onnx(agent: nn.Module, obs: int | dict[str, Any], path: Path, kind: str, env_kwargs: dict) -> None:
@@ -796,8 +869,8 @@ def episode_scalars(recent: Iterable[dict]) -> dict[str, float | None]:
     """The rollout/ scalars of the last finished training episodes."""
 
     def mean(name: str) -> float | None:
-        values = [episode[name] for episode in recent]
-        return None if not values or values[0] is None else float(np.mean(values))
+        values = [episode[name] for episode in recent if episode[name] is not None]
+        return float(np.mean(values)) if values else None
 
     names = {"rollout/ep_reward": "return", "rollout/ep_length": "length", "rollout/success_rate_100": "success"}
     return {scalar: mean(name) for scalar, name in names.items()}
@@ -834,7 +907,7 @@ def onnx_files(policy: str) -> list[Path]:
 
 def files_among(env_kwargs: dict) -> list[Path]:
     """Those arguments of an environment that are files."""
-    return [Path(value) for value in env_kwargs.values() if isinstance(value, str) and Path(value).is_file()]
+    return [Path(value) for value in env_kwargs.values() if isinstance(value, str) and os.path.isfile(value)]
 
 
 def lineage(file: Path) -> dict[str, Any]:
@@ -845,7 +918,9 @@ def lineage(file: Path) -> dict[str, Any]:
     if file.parent.name == "checkpoints":
         steps = load(file)["step"]
     else:
-        steps = read_json(summary).get("steps") if summary.exists() else None
+        ended = read_json(summary) if summary.exists() else {}
+        require(ended, {"steps?": int | None}, summary, "restore it, or remove it")
+        steps = ended.get("steps")
     return {"sha256": sha256(file), "config": read_json(about) if about.exists() else None, "steps": steps}
 
 
@@ -861,9 +936,11 @@ def require_same_files(source: str, env_kwargs: dict) -> None:
     """Raises UserError if a base policy, or a file among the environment's arguments, is another than in the run of
     `source`, a policy file or a run."""
     config = run_folder(source) / "config.json"
-    for path, parent in (read_json(config) if config.exists() else {}).get("parents", {}).items():
+    content = read_json(config) if config.exists() else {}
+    require(content, CONFIG, config, "restore it")
+    for path, parent in content.get("parents", {}).items():
         used = path.endswith(".onnx") or path in env_kwargs.values()
-        if used and Path(path).is_file() and sha256(path) != parent["sha256"]:
+        if used and os.path.isfile(path) and sha256(path) != parent["sha256"]:
             raise UserError(f"{path} is no longer the file that {source} was trained with; put it back")
 
 
@@ -875,20 +952,32 @@ def dataset_file(args: Any) -> Path:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The lines of a .jsonl log; a torn line is left out."""
+    """The lines of a .jsonl log, each of a step; a torn or damaged line is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            rows += [row] if not misfit(row, {"step": COUNT}) else []
     return rows
 
 
 def read_progress(path: Path) -> list[dict]:
-    """The rows of a progress.csv as strings; a torn row is left out."""
+    """The rows of a progress.csv as strings: the step, and numbers or nothing; a torn or damaged row is left out."""
+
+    def sound(row: dict) -> bool:
+        if None in row or None in row.values():
+            return False
+        with contextlib.suppress(KeyError, ValueError):
+            return int(row["step"]) >= 0 and bool([float(cell or "nan") for cell in row.values()])
+        return False
+
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+    rows = csv.DictReader(path.read_text(errors="replace").splitlines())
+    try:
+        return [row for row in rows if sound(row)]
+    except csv.Error as error:
+        raise UserError(f"{path}: damaged ({error}); restore it, or remove it") from None
 
 
 def start_wandb(run: Run) -> Any:

@@ -24,8 +24,9 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from envs.command import command_line
+from envs.contents import COUNT
 from envs.rollout import LOWER_IS_BETTER, figures
-from envs.run import UserError, read_json, read_jsonl, read_progress, write_json, write_whole
+from envs.run import PARENTS, UserError, read_json, read_jsonl, read_progress, require, write_json, write_whole
 
 RESAMPLES = 10_000  # of a bootstrap
 FEWEST = 3  # runs of which one says anything
@@ -55,8 +56,35 @@ class Args:
     """with --png: also draw the training episodes, whose reward may be another than that of the published task"""
 
 
+# What a run's files hold, as far as it is shown
+TESTED = {
+    **{"success_rate?": float | None, "mean_return?": float, "metrics?": {str: float | None}},
+    "per_episode?": (type(None), [{"total_cost?": float}]),
+}
+FILES = {
+    "config": {
+        **{"args": dict, "git_commit": str | None, "hardware": str, "python": str, "packages": {str: str}},
+        "parents?": PARENTS,
+    },
+    "summary": {
+        **{"steps?": COUNT, "wall_time_s?": float, "converged_at_step?": int | None, "run?": str, "status?": str},
+        **{"best?": {**TESTED, "step?": COUNT}, "sha256": {str: str}},
+    },
+    "test": {**TESTED, "sha256?": str, "base?": TESTED, "gain?": {"gain?": float}},
+}
+COMPARED = {
+    **{"config": {"parents": PARENTS}, "summary": {"steps": COUNT, "best": {"metrics": dict}}},
+    "test": (type(None), {"metrics": dict}),
+}
+FIGURES = {"mean_return": float, "mean_length": float, "success_rate": float | None, "metrics": {str: float | None}}
+
+
 def read_run(path: str) -> dict:
-    """config, summary, test (or None), progress and evaluations of a run."""
+    """config, summary, test (or None), progress and evaluations of a run.
+
+    Raises:
+        UserError: it has not ended, or one of its files holds something else.
+    """
     folder = Path(path)
     if not (folder / "summary.json").is_file():
         raise UserError(f"{path}: not a finished run (it has no summary.json)")
@@ -64,10 +92,14 @@ def read_run(path: str) -> dict:
     if not files["config"].is_file():
         raise UserError(f"{path}: has no config.json, which says what it ran with")
     run = {name: read_json(file) if file.exists() else None for name, file in files.items()}
-    if run["test"] is not None and run["test"].get("sha256") != run["summary"]["sha256"]["best.pt"]:
+    for name, content in run.items():
+        if content is not None:
+            require(content, FILES[name], files[name], "restore it, or leave the run out")
+    if run["test"] is not None and run["test"].get("sha256") != run["summary"]["sha256"].get("best.pt"):
         print(f"{path}: test.json is of another best.pt; evaluate again", file=sys.stderr)
         run["test"] = None
     progress, evaluations = read_progress(folder / "progress.csv"), read_jsonl(folder / "evaluations.jsonl")
+    require({"evaluations": evaluations}, {"evaluations": [FIGURES]}, folder / "evaluations.jsonl", "restore it")
     return {**run, "progress": progress, "evaluations": evaluations}
 
 
@@ -174,6 +206,7 @@ def charges(run: dict) -> tuple[int, int]:
     owed, seen, name = {"demonstrations": 0, "experts": 0}, set(), run["summary"]["run"]
 
     def add(parents: dict) -> None:
+        require(parents, PARENTS, f"{name}: config.json: parents", "restore it")
         for path, parent in parents.items():
             about = parent["config"]
             if not path.endswith((".pt", ".npz")) or parent["sha256"] in seen:
@@ -181,10 +214,12 @@ def charges(run: dict) -> tuple[int, int]:
             seen.add(parent["sha256"])
             if about is None:
                 raise UserError(f"{name}: nothing says how many steps {path} took; keep it in its run directory")
+            told = {"played": {"env_steps": COUNT}} if path.endswith(".npz") else {"script": str}
+            require(about, {**told, "parents?": PARENTS}, f"{name}: config.json: {path}", "restore it")
             if path.endswith(".npz"):
                 owed["demonstrations"] += about["played"]["env_steps"]
             elif about["script"] != "bc_pretrain":  # a clone's own steps are passes over demonstrations
-                if parent["steps"] is None:
+                if parent.get("steps") is None:
                     raise UserError(f"{name}: {path} is of a run without a summary.json; let it finish")
                 owed["experts"] += parent["steps"]
             add(about.get("parents", {}))
@@ -235,12 +270,15 @@ def finals(runs: list[dict], of: str) -> dict[str, dict]:
 def require_alike(baseline: list[dict], pretrained: list[dict]) -> None:
     """Raises UserError unless all runs are complete, differ from one another, and were judged alike."""
     runs = [*baseline, *pretrained]
+    for run in runs:
+        require(run["summary"], {"run": str, "status": str}, "a run's summary.json", "restore it, or leave the run out")
     names = [str(Path(run["summary"]["run"])) for run in runs]
     for run, name in zip(runs, names):
         if run["summary"]["status"] != "completed":
             raise UserError(f"{name}: {run['summary']['status']}; compare complete runs, or finish it with --resume")
         if names.count(name) > 1:
             raise UserError(f"{name}: named more than once")
+        require(run, COMPARED, name, "restore its files, or leave the run out")
     for run, name in zip(baseline, names):
         if run["config"]["args"].get("pretrained") is not None:
             raise UserError(f"{name}: began from a policy, so it is no run for --baseline")
@@ -334,12 +372,14 @@ def draw(groups: dict[str, list[dict]], path: Path, with_training: bool) -> None
     panels = [  # those in which there is something to see
         panel for panel in panels if len({row[panel[2]] for run in every for row in run["evaluations"]}) > 1
     ]
+    if not panels:
+        raise UserError("--png: no run has evaluations that differ, so there is nothing to draw; leave it out")
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained", squeeze=False)
     for axis, (title, scalar, name) in zip(axes[0], panels):
         shown = []
         for group, colour in zip(groups, ("tab:blue", "tab:orange")):
             training = [
-                {int(row["step"]): float(row[scalar]) for row in run["progress"] if row[scalar]}
+                {int(row["step"]): float(row[scalar]) for row in run["progress"] if row.get(scalar)}
                 for run in groups[group]
             ]
             evaluation = [{row["step"]: row[name] for row in run["evaluations"]} for run in groups[group]]

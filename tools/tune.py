@@ -34,10 +34,13 @@ Evaluations are those of the validation split. Each trial is an ordinary run, ru
 beside them lie study.db (SQLite, which optuna-dashboard reads) and summary.md, the table of all trials.
 """
 
+import contextlib
 import importlib
 import json
+import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -52,6 +55,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from envs import command
+from envs.contents import COUNT, is_one, shown
 from envs.rollout import LOWER_IS_BETTER, figures
 from envs.run import UserError, read_json, read_jsonl, write_whole
 
@@ -101,6 +105,10 @@ def load_sweep(path: str) -> Sweep:
         content = tomllib.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --help shows how one is written") from None
+    except RecursionError:
+        raise UserError(
+            f"{path}: not TOML that can be read (nested too deep); --help shows how it is written"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not TOML ({error}); --help shows how it is written") from None
     for name in ("script", "metric", "space"):
@@ -109,7 +117,7 @@ def load_sweep(path: str) -> Sweep:
     known = {f.name for f in fields(Sweep)}
     for name in content:
         if name not in known:
-            raise UserError(f"{path}: unknown {name!r}; there are {', '.join(sorted(known))}")
+            raise UserError(f"{path}: unknown {shown(name)}; there are {', '.join(sorted(known))}")
     sweep = command.args_from(Sweep, content, path)
     require_settings(sweep, path)
     for name, ends in (("trials", 1), ("last_n", 1)):
@@ -117,10 +125,14 @@ def load_sweep(path: str) -> Sweep:
             raise UserError(f"{path}: {name} must be at least {ends}, not {getattr(sweep, name)}")
     for name in sweep.constraints:
         if not name.endswith(("_max", "_min")):
-            raise UserError(f"{path}: a constraint is METRIC_max or METRIC_min, not {name!r}")
-    for name in sweep.pruning:
+            raise UserError(f"{path}: a constraint is METRIC_max or METRIC_min, not {shown(name)}")
+    if not 0 <= sweep.seed < 2**31:
+        raise UserError(f"{path}: seed must be 0 or more, and below 2**31, not {shown(sweep.seed)}")
+    for name, value in sweep.pruning.items():
         if name not in ("first_trials", "first_evaluations"):
             raise UserError(f"{path}: unknown pruning.{name}; there are first_trials and first_evaluations")
+        if value not in COUNT:
+            raise UserError(f"{path}: pruning.{name} must be 0 or more, not {shown(value)}")
     return sweep
 
 
@@ -135,9 +147,13 @@ def require_settings(sweep: Sweep, path: str) -> None:
         if "choices" in space and not (isinstance(space["choices"], list) and space["choices"]):
             raise UserError(f"{path}: space.{name}.choices must be a list of values")
         ends = [space[end] for end in ("low", "high", "step") if end in space]
-        numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
+        numbers = all(is_one(end, float) and math.isfinite(end) for end in ends) and is_one(
+            space.get("log", True), bool
+        )
         if not numbers or (ends and not ends[0] < ends[1]) or (space.get("log") and ends[0] <= 0):
             raise UserError(f"{path}: space.{name} must have numbers, low below high, and with log both above 0")
+        if not space.get("step", 1) > 0:
+            raise UserError(f"{path}: space.{name}.step must be above 0, not {shown(space['step'])}")
         if types.get(name) is int and not all(isinstance(end, int) for end in ends):
             raise UserError(f"{path}: space.{name} must have whole numbers")
     values = [(name, value) for name, value in sweep.args.items()]
@@ -147,7 +163,7 @@ def require_settings(sweep: Sweep, path: str) -> None:
         if name not in types or name in OURS:
             raise UserError(f"{path}: {name} is no setting of {sweep.script} that a study can set; see its --help")
         if not command.fits(tuple(value) if isinstance(value, list) else value, types[name]):
-            raise UserError(f"{path}: {name} cannot be {value!r}; {sweep.script}.py --help says what it takes")
+            raise UserError(f"{path}: {name} cannot be {shown(value)}; {sweep.script}.py --help says what it takes")
 
 
 def suggest(trial: Any, name: str, space: dict, whole: bool) -> Any:
@@ -271,18 +287,34 @@ def open_study(sweep: Sweep, path: Path, folder: Path) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     pruner = optuna.pruners.MedianPruner(n_startup_trials=sweep.pruning.get("first_trials", 5))
     about = {"storage": f"sqlite:///{folder / 'study.db'}", "study_name": path.stem, "pruner": pruner}
-    study = optuna.create_study(**about, direction="maximize" if sweep.sign == 1 else "minimize", load_if_exists=True)
-    # The sampler's generator is not stored: one that goes on draws anew
-    study.sampler = optuna.samplers.TPESampler(seed=sweep.seed + len(study.trials))
+    direction = "maximize" if sweep.sign == 1 else "minimize"
     settings = {name: value for name, value in asdict(sweep).items() if name != "trials"}
-    if ended(study) and study.user_attrs["sweep"] != json.loads(json.dumps(settings)):
-        raise UserError(f"{folder} holds a study of other settings; rename {path.name}, or remove that folder")
-    study.set_user_attr("sweep", settings)
-    for old in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
-        stop_orphan(old.user_attrs.get("pid"), folder / f"trial_{old.number:03d}")
-        study.tell(old.number, state=optuna.trial.TrialState.FAIL)
-        study.enqueue_trial(old.params)
+    try:
+        require_sound(folder / "study.db")
+        study = optuna.create_study(**about, direction=direction, load_if_exists=True)
+        # The sampler's generator is not stored: one that goes on draws anew
+        study.sampler = optuna.samplers.TPESampler(seed=sweep.seed + len(study.trials))
+        if ended(study) and study.user_attrs["sweep"] != json.loads(json.dumps(settings)):
+            raise UserError(f"{folder} holds a study of other settings; rename {path.name}, or remove that folder")
+        study.set_user_attr("sweep", settings)
+        for old in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+            stop_orphan(old.user_attrs.get("pid"), folder / f"trial_{old.number:03d}")
+            study.tell(old.number, state=optuna.trial.TrialState.FAIL)
+            study.enqueue_trial(old.params)
+    except UserError:
+        raise
+    except Exception as error:  # SQLAlchemy's, SQLite's and Optuna's exceptions have no common base
+        raise UserError(f"{folder / 'study.db'}: damaged, or no study; restore it, or remove that folder") from error
     return study
+
+
+def require_sound(file: Path) -> None:
+    """Raises sqlite3.DatabaseError for a database that is damaged, on whose pages SQLite might go round in circles."""
+    if not file.exists():
+        return
+    with contextlib.closing(sqlite3.connect(file.resolve().as_uri() + "?mode=ro", uri=True)) as database:
+        if database.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]:
+            raise sqlite3.DatabaseError("damaged")
 
 
 def stop_orphan(pid: int | None, folder: Path) -> None:
@@ -355,7 +387,7 @@ def report(study: Any, sweep: Sweep) -> str:
     best = best_of(study, sweep)
     for trial in ended(study):
         value = trial.user_attrs.get("value")
-        chosen = [trial.params[name] for name in names]
+        chosen = [trial.params.get(name, "-") for name in names]
         number = f"**{trial.number}**" if best is not None and trial.number == best.number else str(trial.number)
         shown = "-" if value is None else f"{value:.4g}"
         lines.append([number, shown, outcome(trial), *(x if isinstance(x, str) else f"{x:.4g}" for x in chosen)])

@@ -358,10 +358,15 @@ class SocNavGrid(BatchEnv):
             **{"upcoming": self.upcoming, "world": np.array([checksum])},
         }
 
-    @torch.inference_mode()
-    def load_state_dict(self, state: dict) -> dict:
+    def require_snapshot(self, state: Any) -> None:
+        super().require_snapshot(state)
         if int(state["arrays"]["world"][0]) != int(self.state()["world"][0]):
             raise UserError("the run drove through other scenarios; use the version and the arguments that it had")
+        starts, last = len(self.names) * self.world.starts_each, int(self.world.pedestrians["last"].max())
+        self.require_within(state, {"start": (0, starts - 1), "way": (0, max(last, 0))})
+
+    @torch.inference_mode()
+    def load_state_dict(self, state: dict) -> dict:
         super().load_state_dict(state)
         self.crowd.index()
         self._look_up()

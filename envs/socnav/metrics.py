@@ -8,7 +8,7 @@ SNQI, the social navigation quality index, is one number for an episode:
 with medians and 95th percentiles of a baseline policy, so that 1 is as bad as its worst twentieth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from envs.contents import shown
 from envs.run import UserError, read_json
 from envs.socnav.dynamics import DT
 
@@ -27,6 +28,8 @@ MEASURES = (  # of an episode, beside return, length, success and failure
     *("pedestrian_collision", "obstacle_collision", "timeout", "near_misses", "force_exceed", "comfort_exposure"),
     *("jerk", "path_efficiency", "time_to_goal", "snqi"),
 )
+
+LARGEST = 1e12  # weight or figure in a file
 
 NEAR = 0.5  # m of clearance to a pedestrian below which a step is a near miss
 NEAR_WALL = 0.3  # m of clearance to a wall below which it counts as near
@@ -93,8 +96,13 @@ def load_snqi(path: str | None) -> dict[str, dict]:
     given = {"weights": WEIGHTS, "baselines": NORMALISED}
     for part, names in given.items():
         require_keys(f"{path or FILE.name}: {part}", content.get(part, {}), names)
+    require_numbers(f"{path or FILE.name}: weights", content["weights"], WEIGHTS)
     for name in NORMALISED:
-        require_keys(f"{path or FILE.name}: baselines of {name}", content["baselines"][name], ("median", "p95"))
+        where, baseline = f"{path or FILE.name}: baselines of {name}", content["baselines"][name]
+        require_keys(where, baseline, ("median", "p95"))
+        require_numbers(where, baseline, ("median", "p95"))
+        if span(baseline) < 1 / LARGEST:
+            raise UserError(f"{where}: p95 must be above the median, or equal to it; mend it")
     return content
 
 
@@ -103,6 +111,16 @@ def require_keys(where: str, content: Any, names: tuple[str, ...]) -> None:
     missing = [name for name in names if not isinstance(content, dict) or name not in content]
     if missing:
         raise UserError(f"{where} must have {', '.join(missing)}; add what is missing")
+
+
+def require_numbers(where: str, content: dict, names: Iterable[str]) -> None:
+    """Raises UserError unless these are finite numbers, small enough to be multiplied."""
+    for name in names:
+        value = content[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < np.inf:
+            raise UserError(f"{where}: {name} must be a number, not {shown(value)}; mend it")
+        if abs(value) > LARGEST:
+            raise UserError(f"{where}: {name} must be at most {LARGEST:g}, not {shown(value)}; mend it")
 
 
 def span(baseline: dict) -> float:
@@ -147,9 +165,8 @@ def reward_weights(reward: str, path: str | None, snqi_settings: dict[str, dict]
         return weights
     given = read_json(Path(path))
     require_keys(f"{path}: weights for reward {reward}", given, tuple(weights))
-    for name, value in given.items():
+    for name in given:
         if name not in TERMS:
-            raise UserError(f"{path}: no term {name!r}; there are {', '.join(TERMS)}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-            raise UserError(f"{path}: {name} must be a number, not {value!r}")
+            raise UserError(f"{path}: no term {shown(name)}; there are {', '.join(TERMS)}")
+    require_numbers(path, given, given)
     return {name: float(value) for name, value in given.items()}

@@ -1,0 +1,253 @@
+"""Damaged and hostile files: whatever a file holds, reading it ends in success or in a user's error of one line.
+
+    python tests/test_fuzz.py READER NUMBER        one case again, with its traceback
+    python tests/test_fuzz.py READER FIRST LAST    those cases, in short
+
+Files are read in a child process, so that a crash of native code, a hang or a greedy allocation is seen. An audit hook
+notes what is executed or written there."""
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT), str(ROOT / "tests")]
+
+import mutate  # noqa: E402
+from fuzz_readers import READERS, Reader, quickly, warm  # noqa: E402
+
+SEED = 1
+LONGEST = 5.0  # s that a file may take
+MEMORY = 3 * 2**30  # bytes that reading may ask for, beyond what the process has
+MESSAGE = 1000  # characters, at most
+SAMPLE, WHOLE = 300, 22_000  # files of the default suite, and of the slow test
+
+
+def damage(name: str, number: int, folder: Path) -> str:
+    """Write the mutated file of a case; which one, and by which mutator."""
+    reader, rng = READERS[name], np.random.default_rng([SEED, zlib.crc32(name.encode()), number])
+    files = [*reader.files]
+    file = files[number % len(files)]
+    mutators = reader.files[file]
+    mutator = mutators[rng.integers(len(mutators))]
+    if rng.integers(100) == 0:  # a file of another sort under this name
+        others = sorted(path for path in folder.rglob("*") if path.is_file())
+        (folder / file).write_bytes(others[rng.integers(len(others))].read_bytes())
+        return f"{file}, another's content"
+    (folder / file).write_bytes(mutator((folder / file).read_bytes(), rng))
+    return f"{file}, {mutator.__name__}"
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """{file: size and time of the last change}, of folders nothing but the name."""
+    found = {}
+    for path, folders, files in os.walk(folder):
+        found |= {os.path.join(path, name): (0, 0) for name in folders}
+        for name in files:
+            about = os.stat(os.path.join(path, name), follow_symlinks=False)
+            found[os.path.join(path, name)] = about.st_size, about.st_mtime_ns
+    return found
+
+
+class Watch:
+    """Notes what Python executes or writes outside the folders that it may write in, while it is on."""
+
+    RUNS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "socket.connect")
+    WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+
+    def __init__(self, place: Path, writes: tuple[str, ...]):
+        self.allowed, self.on, self.found = tuple(str(place / name) for name in writes), False, []
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, args: tuple) -> None:
+        if not self.on:
+            return
+        if event in self.RUNS or (event == "import" and args[0] == mutate.MODULE):
+            self.found.append(f"{event} {args[:1]}")
+        elif event in self.WRITES or (event == "open" and self.for_writing(*args[1:3])):
+            paths = [str(arg) for arg in args[: 2 if event == "os.rename" else 1]]
+            self.found += [f"{event} {path}" for path in paths if not self.may(path)]
+
+    @staticmethod
+    def for_writing(mode: str | None, flags: int) -> bool:
+        return bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) or bool(mode and set(mode) & set("wax+"))
+
+    def may(self, path: str) -> bool:
+        path = os.path.abspath(path)
+        own = any(path == one or path.startswith(one + os.sep) for one in self.allowed)
+        beside = any(os.path.basename(path).startswith(f".{os.path.basename(one)}") for one in self.allowed)
+        return own or beside or path in ("/dev/null", os.sep + "dev")
+
+
+def judged(reader: Reader, watch: Watch, outside: dict, place: Path) -> tuple[str, str]:
+    """Read the files in the working directory; the verdict, and what there is to say."""
+    watch.on = True
+    try:
+        reader.read()
+        verdict, text = "accepted", ""
+    except reader.fails as error:
+        verdict, text = "refused", str(error)
+        if "\n" in text or not text.isprintable() or len(text) > MESSAGE:
+            verdict = "message not one line of readable length"
+    except BaseException as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        ours = [f for f in traceback.extract_tb(error.__traceback__) if "/envs/" in f.filename or "ppo_" in f.filename]
+        where = f"{Path((ours or [last])[-1].filename).name}:{(ours or [last])[-1].lineno}"
+        verdict, text = "traceback", f"{type(error).__name__} at {where}: {error}"
+    finally:
+        watch.on = False
+    if watch.found:
+        verdict, text, watch.found = "executed or wrote", "; ".join(watch.found), []
+    now = state_of(place.parent)
+    if changed := {path for path in {*now, *outside} if now.get(path) != outside.get(path) and not watch.may(path)}:
+        verdict, text = "executed or wrote", f"changed: {sorted(changed)[:3]}"
+    return verdict, text
+
+
+def read_all(name: str, numbers: list[int], root: Path, answers: Any) -> None:
+    """In the child: prepare the files once, then send (verdict, text, mutator, seconds) of each case."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(null, descriptor)
+    sys.dont_write_bytecode = True
+    reader, sound, place = READERS[name], root / "sound", root / "world" / "place"
+    quickly()
+    shutil.rmtree(root, ignore_errors=True)
+    for folder in (sound, place.parent):
+        folder.mkdir(parents=True)
+    reader.make(sound)
+    canary = place / mutate.CANARY
+    (place.parent / f"{mutate.MODULE}.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    sys.path.insert(0, str(place.parent))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    watch = Watch(place, reader.writes)
+    with contextlib.suppress(Exception):  # what is imported at the first reading, and read once
+        renew(sound, place)
+        reader.read()
+    for number in [None, *numbers]:
+        renew(sound, place)
+        about = damage(name, number, place) if number is not None else "nothing"
+        outside = state_of(place.parent)
+        answers.send(about)
+        begin = time.perf_counter()
+        verdict, text = judged(reader, watch, outside, place)
+        answers.send((verdict, text, about, time.perf_counter() - begin))
+
+
+def renew(sound: Path, place: Path) -> None:
+    """The sound files again."""
+    os.chdir(place.parent)
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(sound, place)
+    os.chdir(place)
+
+
+def cases(name: str, numbers: list[int], root: Path) -> Iterator[tuple[int | None, str, str, str, float]]:
+    """(number, verdict, text, mutator, seconds) of each case; number None is the sound file."""
+    waiting, context = [None, *numbers], multiprocessing.get_context("fork")
+    warm()
+    while waiting:
+        ours, theirs = context.Pipe()
+        child = context.Process(target=read_all, args=(name, [n for n in waiting if n is not None], root, theirs))
+        child.start()
+        theirs.close()
+        if waiting[0] is not None:  # a child that follows another begins with the sound file too
+            waiting.insert(0, None)
+        begun = ""
+        while waiting:
+            if not ours.poll(LONGEST if begun else 120.0):
+                verdict = "hang", f"no answer within {LONGEST} s"
+                break
+            try:
+                answer = ours.recv()
+            except EOFError:
+                child.join()
+                verdict = "crash", f"the process ended with {child.exitcode}"
+                break
+            begun = answer if isinstance(answer, str) else ""
+            if not begun:
+                yield (waiting.pop(0), *answer)
+        else:
+            child.join()
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        yield (waiting.pop(0), *verdict, begun, LONGEST)
+
+
+def shares(total: int) -> dict[str, int]:
+    """How many of all files each reader gets."""
+    whole = sum(reader.share for reader in READERS.values())
+    return {name: max(3, round(total * reader.share / whole)) for name, reader in READERS.items()}
+
+
+GOOD = ("accepted", "refused")
+
+
+def fuzz(name: str, count: int, root: Path) -> tuple[list[str], str]:
+    """What went wrong in the first cases of a reader, and a row of the report."""
+    wrong, verdicts, slowest, begin = [], Counter(), (0.0, ""), time.perf_counter()
+    for number, verdict, text, about, seconds in cases(name, [*range(count)], root):
+        if number is None:
+            if verdict != "accepted":
+                wrong.append(f"{name}: the sound files: {verdict} {text}")
+            continue
+        verdicts[verdict if verdict in GOOD else "wrong"] += 1
+        slowest = max(slowest, (seconds, f"#{number} {about}"))
+        if verdict not in GOOD or seconds > LONGEST:
+            wrong.append(
+                f"{name} {number} ({about}): {verdict} {text}; again: python tests/test_fuzz.py {name} {number}"
+            )
+    took = time.perf_counter() - begin
+    counts = " | ".join(str(verdicts[key]) for key in (*GOOD[::-1], "wrong"))
+    return wrong, f"| {name} | {count} | {counts} | {slowest[0]:.2f} s {slowest[1]} | {took:.0f} s |"
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files_are_refused_in_one_line(name, tmp_path):
+    wrong, _ = fuzz(name, shares(SAMPLE)[name], tmp_path)
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_twenty_thousand_damaged_files(tmp_path):
+    """All readers; the table is shown with -s."""
+    counts, wrong = shares(WHOLE), []
+    assert sum(counts.values()) >= 20_000
+    print("\n| reader | files | refused | accepted | wrong | slowest | took |", "| --- " * 7 + "|", sep="\n")
+    for name in READERS:
+        found, row = fuzz(name, counts[name], tmp_path / name)
+        print(row, *found, sep="\n", flush=True)
+        wrong += found
+    assert wrong == []
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    which, *numbers = sys.argv[1:]
+    begin, end = (int(numbers[0]), int(numbers[-1]) + 1) if numbers else (0, 100)
+    with tempfile.TemporaryDirectory() as folder:
+        found = Counter()
+        t0 = time.time()
+        for number, verdict, text, about, seconds in cases(which, [*range(begin, end)], Path(folder)):
+            found[verdict] += 1
+            if verdict not in GOOD or number is None or seconds > 1:
+                print(number, about, verdict, text[:300], f"{seconds:.2f}")
+        print(which, dict(found), time.time() - t0)
