@@ -112,7 +112,7 @@ def own_state(checkpoint: dict, source: str) -> dict:
     Raises:
         UserError: another number of processes wrote it.
     """
-    states = [checkpoint, *checkpoint["other_ranks"]]
+    states = [checkpoint, *checkpoint.get("other_ranks", [])]
     if len(states) != count():
         advice = f"start {len(states)} with torchrun, or begin a new run with --pretrained"
         raise UserError(f"{source}: {len(states)} processes trained it, not {count()}; {advice}")

@@ -40,7 +40,8 @@ PACKAGES = ("torch", "gymnasium", "mujoco", "numpy", "onnxruntime")
 MEANING = {"action_mode", "action_repeat"}
 # and those that say what it sees, where the shape of an observation does not tell
 SIGHT = ("grid_channels", "grid_size", "grid_resolution")
-# What files hold, as envs/contents.py says it: a policy, an evaluation, a checkpoint, a run's config.json
+# What files hold, as envs/contents.py says it: a policy, an evaluation, a process's part of a checkpoint, a checkpoint,
+# a run's config.json
 POLICY = {
     **{"kind": str, "env_id": str, "env_kwargs": ARGUMENTS, "args": {str: object}},
     **{"agent": {str: torch.Tensor}, "step": COUNT},
@@ -51,12 +52,13 @@ EVALUATION = {
     "metrics": {str: float | None, "score?": float},
 }
 EPISODE = {"step": COUNT, "return": float, "length": float, "success": bool | None}
+PROCESS = {"envs": dict, "rng": {"cpu": torch.Tensor, "cuda": [torch.Tensor]}}
 CHECKPOINT = {
     **POLICY,
-    **{"optimizer": dict, "reward_scaler": {str: torch.Tensor}, "envs": dict, "recent": [EPISODE]},
+    **PROCESS,
+    **{"optimizer": dict, "reward_scaler": {str: torch.Tensor}, "recent": [EPISODE], "other_ranks?": [PROCESS]},
     "best": (type(None), {"step": COUNT, "agent": {str: torch.Tensor}, "evaluation": EVALUATION}),
     "evaluations?": [{"step": COUNT, "success_rate": float, "failure_rate": float}],
-    "rng": {"cpu": torch.Tensor, "cuda": [torch.Tensor]},
 }
 PARENTS = {str: {"sha256": str, "config": dict | None, "steps?": int | None}}
 CONFIG = {"parents?": PARENTS, "resumed?": list}
