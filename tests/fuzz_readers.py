@@ -112,7 +112,7 @@ def quickly() -> None:
     """What takes long and reads nothing is left out."""
     torch.set_num_threads(1)
     tensorboard.SummaryWriter = NoWriter
-    run.git_commit = lambda: None
+    run.git_commit, run.version = lambda: None, lambda name: "0"
     run.export_onnx = lambda agent, obs, path, *about: path.write_bytes(b"onnx")
     run.os.fsync = lambda descriptor: None
 
@@ -436,7 +436,7 @@ SNAPSHOTS = {
 }
 READERS = {
     "policy": Reader(make_run, read_policy, {"run/best.pt": PT}, share=3),
-    "evaluate": Reader(make_run, read_evaluated, {"run/best.pt": PT, "run/config.json": JSON}, share=1),
+    "evaluate": Reader(make_run, read_evaluated, {"run/best.pt": PT, "run/config.json": JSON}, share=0.7),
     "expert": Reader(
         make_run, read_expert, {"run/best.pt": PT, "run/config.json": JSON, "run/summary.json": JSON}, share=1
     ),
@@ -444,7 +444,7 @@ READERS = {
         make_run, lambda: run.load_checkpoint(run.find_checkpoint("run/final.pt")), {"run/final.pt": PT}, share=1
     ),
     "resume": Reader(
-        make_stopped, read_resumed, {"run/checkpoints/step_000000016.pt": PT}, ("run",), share=3, fails=NUMBERS
+        make_stopped, read_resumed, {"run/checkpoints/step_000000016.pt": PT}, ("run",), share=1.5, fails=NUMBERS
     ),
     "resume_logs": Reader(
         make_stopped,
@@ -454,10 +454,10 @@ READERS = {
             **{"run/progress.csv": TABLE, "run/config.json": JSON, "run/summary.json": JSON},
         },
         ("run",),
-        share=1.5,
+        share=1,
     ),
     **{
-        f"snapshot_{name}": Reader(*snapshot(env_id, **kwargs), {"state.pt": PT}, share=0.5, fails=NUMBERS)
+        f"snapshot_{name}": Reader(*snapshot(env_id, **kwargs), {"state.pt": PT}, share=0.8, fails=NUMBERS)
         for name, (env_id, kwargs) in SNAPSHOTS.items()
     },
     "dataset": Reader(
@@ -467,11 +467,11 @@ READERS = {
         make_dataset, read_cloned, {"datasets/home.npz": NPZ, "datasets/home.json": JSON}, ("datasets", "clone"), 2,
         NUMBERS,
     ),
-    "onnx_policy": Reader(make_onnx_policy, read_onnx_policy, {"policy.onnx": ONNX}, share=3),
-    "dynamics": Reader(make_dynamics, read_dynamics, {"car.onnx": ONNX}, share=1),
+    "onnx_policy": Reader(make_onnx_policy, read_onnx_policy, {"policy.onnx": ONNX}, share=4),
+    "dynamics": Reader(make_dynamics, read_dynamics, {"car.onnx": ONNX}, share=2),
     "own_dynamics": Reader(make_own_dynamics, read_dynamics, {"car.onnx": ONNX}, share=0.5),
-    "encoder": Reader(make_encoder, read_encoder, {"encoder.pt": PT}, share=1),
-    "segments": Reader(make_segments, read_segments, {"data/a.csv": TABLE}, share=1),
+    "encoder": Reader(make_encoder, read_encoder, {"encoder.pt": PT}, share=1.5),
+    "segments": Reader(make_segments, read_segments, {"data/a.csv": TABLE}, share=1.5),
     "compare": Reader(
         make_run,
         read_compared,
@@ -484,8 +484,8 @@ READERS = {
     "draw": Reader(
         make_run, read_drawn, {"run/evaluations.jsonl": LINES, "run/progress.csv": TABLE}, ("curves.png",), 0.1
     ),
-    "sweep": Reader(make_sweep, read_sweep, {"sweep.toml": TOML}, share=1.5),
+    "sweep": Reader(make_sweep, read_sweep, {"sweep.toml": TOML}, share=2.5),
     "study": Reader(make_study, read_study, {"study/study.db": BYTES}, ("study",), share=0.05),
     "config": Reader(make_config, read_config, {"config.json": JSON}, share=1),
-    "weights": Reader(make_weights, read_weights, {"snqi.json": JSON, "weights.json": JSON}, share=1.5),
+    "weights": Reader(make_weights, read_weights, {"snqi.json": JSON, "weights.json": JSON}, share=2.5),
 }  # fmt: skip
