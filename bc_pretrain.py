@@ -721,7 +721,7 @@ def check(args: Args) -> None:
     wrong = [name for name, value in least.items() if not np.min(getattr(args, name), initial=value) >= value]
     wrong += ["hidden_sizes"] * (args.hidden_sizes is not None and min(args.hidden_sizes, default=1) < 1)
     wrong += ["gamma"] * (args.gamma is not None and not 0 <= args.gamma <= 1)
-    wrong += [name for name in command.WIDTHS if command.too_wide(name, getattr(args, name))]
+    wrong += [name for name in command.WIDTHS if command.no_width(name, getattr(args, name))]
     wrong += ["rays"] * (args.rays < 2 or args.rays % 2 == 1)
     wrong += ["cnn_channels"] * (len(args.cnn_channels) != 3)
     wrong += [name for name in ("seed", "eval_seed") if getattr(args, name) >= 2**32]

@@ -12,7 +12,7 @@ from mujoco.batch import Batch
 
 from envs.ballbot_depth import BALL_RADIUS, CODE, FAR, DepthCameras, FrozenEncoder
 from envs.ballbot_terrain import POINTS, SPACING, heights
-from envs.batch_env import SPLITS, BatchEnv, SingleEnv
+from envs.batch_env import MOST, SPLITS, BatchEnv, SingleEnv
 from envs.view import View
 
 ASSET = Path(__file__).parent / "assets" / "ballbot.xml"
@@ -300,6 +300,10 @@ class Ballbot(BatchEnv):
             "action": self.action,
             "distance": self.distance,
         }
+
+    def require_snapshot(self, state: Any) -> None:
+        super().require_snapshot(state)
+        self.require_within(state, {"physics": (-MOST, MOST), "limit": (1, self.max_episode_steps)})
 
     def load_state_dict(self, state: dict) -> np.ndarray:
         before = self.terrain_seed.copy()

@@ -14,6 +14,7 @@ from envs.run import UserError, plain
 
 FASTEST_FILM = 60  # frames a second: of faster environments, films and windows leave frames out
 SPLITS = ("train", "validation", "test")
+MOST = 1e10  # a number in a state that MuJoCo takes for sound
 Array = np.ndarray | torch.Tensor
 # Where the state of the environments comes from, and what to do if it is no good
 SNAPSHOT, OTHER = "--resume: the snapshot in the checkpoint", "resume from another checkpoint"

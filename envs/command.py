@@ -180,7 +180,7 @@ def checked(args: Any) -> Any:
     refuse(args.num_envs > MOST_ENVS, "num_envs", f"at most {MOST_ENVS}")
     for field in fields(args):
         value = getattr(args, field.name)
-        refuse(too_wide(field.name, value), field.name, f"at most {WIDEST}")
+        refuse(no_width(field.name, value), field.name, f"from 1 to {WIDEST}")
         refuse(isinstance(value, float) and not np.isfinite(value), field.name, "a finite number")
     for name in (
         "eval_every",
@@ -256,15 +256,19 @@ def args_from(args_class: type, values: dict, source: str) -> Any:
             value = tuple(value)  # JSON knows no tuples
         if not fits(value, types_of[name]):
             raise UserError(f"{source}: {name} cannot be {shown(value)}; --help says what it takes")
-        if too_wide(name, value):
-            raise UserError(f"{source}: {name} must be at most {WIDEST}, not {shown(value)}; --help says what it takes")
+        if no_width(name, value):
+            raise UserError(
+                f"{source}: {name} must be from 1 to {WIDEST}, not {shown(value)}; --help says what it takes"
+            )
         values = {**values, name: value}
     return args_class(**values)
 
 
-def too_wide(name: str, value: Any) -> bool:
-    """Whether a setting asks for a wider network than there can be."""
-    return name in WIDTHS and value is not None and np.max(value, initial=0) > WIDEST
+def no_width(name: str, value: Any) -> bool:
+    """Whether a setting asks for a network of a width that none can have."""
+    return (
+        name in WIDTHS and value is not None and not 1 <= np.min(value, initial=1) <= np.max(value, initial=1) <= WIDEST
+    )
 
 
 def fits(value: Any, annotation: Any) -> bool:

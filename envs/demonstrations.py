@@ -205,7 +205,10 @@ class Demonstrations:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Of each array, from its header."""
         with self._reading(), zipfile.ZipFile(self.file) as archive:
-            return {name.removesuffix(".npy"): header(archive, name)[0] for name in archive.namelist()}
+            found = {name.removesuffix(".npy"): header(archive, name) for name in archive.namelist()}
+            if any(kind.kind not in "fiub" for name, (_, kind) in found.items() if name.startswith("obs")):
+                raise ValueError("observations that are no numbers")
+            return {name: shape for name, (shape, _) in found.items()}
 
     def chunks(self, size: int = CHUNK) -> Iterator[Any]:
         """The observations of all steps, (size, ...) at a time: arrays, or dicts of them."""

@@ -42,12 +42,14 @@ class Dynamics:
         needed = {"states": ("tensor(float)", [CONTEXT, 4]), "tokens": ("tensor(int64)", [CONTEXT])}
         if found != needed:
             raise UserError(f"{path}: takes {found} instead of {needed}; {advice}")
-        try:
-            shape = self.logits(np.zeros((2, CONTEXT, 4), np.float32), np.zeros((2, CONTEXT), np.int64)).shape
-        except Exception as error:  # a fixed number of cars, for one
-            raise UserError(f"{path}: cannot run two cars at once; {advice}") from error
-        if shape != (2, len(BINS)):
-            raise UserError(f"{path}: gives {shape} logits for two cars instead of {(2, len(BINS))}; {advice}")
+        for cars, many in ((2, "two"), (3, "three")):
+            try:
+                shape = self.logits(np.zeros((cars, CONTEXT, 4), np.float32), np.zeros((cars, CONTEXT), np.int64)).shape
+            except Exception as error:  # a fixed number of cars, for one
+                raise UserError(f"{path}: cannot run {many} cars at once; {advice}") from error
+            if shape != (cars, len(BINS)):
+                needed = f"{many} cars instead of {(cars, len(BINS))}"
+                raise UserError(f"{path}: gives {shape} logits for {needed}; {advice}")
 
     def logits(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """(b, 1024) float32."""

@@ -550,7 +550,8 @@ def require_training_state(agent: nn.Module, checkpoint: dict, args: Any, source
     parameters = dict(enumerate(agent.parameters()))
     adam = torch.optim.AdamW(agent.parameters(), fused=True).state_dict()["param_groups"][0]
     saved, scalar = checkpoint["optimizer"], torch.zeros(())
-    wrong = misfit(saved, {"param_groups": [{"lr": float, "params": list}], "state": {int: dict}}, "optimizer")
+    settings = {"lr": float, "eps": float, "weight_decay": float, "betas": [float], "params": list}
+    wrong = misfit(saved, {"param_groups": [settings], "state": {int: dict}}, "optimizer")
     if not wrong:
         # A parameter without a gradient so far has no state; another version of PyTorch may have other settings
         used = [i for i in saved["state"] if i in parameters]

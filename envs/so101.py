@@ -8,7 +8,7 @@ import mujoco
 import numpy as np
 from mujoco.batch import Batch
 
-from envs.batch_env import BatchEnv, SingleEnv
+from envs.batch_env import MOST, BatchEnv, SingleEnv
 from envs.view import View
 
 ASSET = Path(__file__).parent / "assets" / "so101_paper.xml"
@@ -247,6 +247,10 @@ class SO101Paper(BatchEnv):
             "steps_inside": self.steps_inside,
             "potential": self.potential,
         }
+
+    def require_snapshot(self, state: Any) -> None:
+        super().require_snapshot(state)
+        self.require_within(state, {"physics": (-MOST, MOST)})
 
     def load_state_dict(self, state: dict) -> np.ndarray:
         super().load_state_dict(state)

@@ -419,7 +419,7 @@ def read_weights() -> None:
     settings = metrics.load_snqi("snqi.json")
     for reward in ("route_completion", "snqi_step"):
         weights = metrics.reward_weights(reward, "weights.json" if reward != "snqi_step" else None, settings, 100.0)
-        assert all(isinstance(x, float) and np.isfinite(x) for x in weights.values())
+        assert np.isfinite([*weights.values()]).all()
     names = ("success", "time", "comfort_exposure", *metrics.NORMALISED)
     assert np.isfinite(metrics.snqi({name: np.zeros(2) for name in names}, settings)).all()
 

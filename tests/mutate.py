@@ -208,8 +208,10 @@ def of_another_type(value: Any, rng: Random) -> Any:
 
 def of_another_shape(x: torch.Tensor, rng: Random) -> Any:
     """A tensor with other numbers, another type or another shape."""
-    if not x.is_floating_point() and rng.integers(2):
-        return [x * 0 - 1, x * 0 + 2**31, x + 1, x * 10**6, ~x][rng.integers(5)] if x.dtype != torch.bool else ~x
+    if not (x.is_floating_point() or x.is_complex() or x.is_sparse) and rng.integers(2):
+        if x.dtype == torch.bool:
+            return ~x
+        return [x * 0 - 1, x * 0 + 2**31, x + 1, x * 10**6, x // 2][rng.integers(5)]
     ways = (
         *(lambda: x.flatten(), lambda: x[None], lambda: x.double(), lambda: x.half(), lambda: x.long()),
         *(
