@@ -7,6 +7,7 @@ import importlib
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -154,9 +155,11 @@ class Child:
         time.sleep(delay * rng.random())
         if not self.alive():
             return None
-        doing = self.doing()
+        doing, moment = self.doing(), time.monotonic()
         os.kill(self.process.pid, signum)
-        return doing, time.monotonic()
+        if signum == signal.SIGKILL and self.wait() == 0:  # it ended just then
+            return None
+        return doing, moment
 
 
 def settings(script: str, root: Path, name: str) -> Any:
