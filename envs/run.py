@@ -96,8 +96,8 @@ class Signals:
     """The first signal raises Interrupted, later ones must not cut short what it began. While signals are held, it is
     only noted, and raised when they are let in again.
 
-    Python drops an exception that is raised in a destructor or in a library's callback, and some libraries drop all
-    that they meet. So the signal is raised again after a second, until the program is on its way out."""
+    Python prints and drops an exception that is raised in a destructor or in a library's callback, and some libraries
+    drop all that they meet. So the signal is raised again after a second, until the program is on its way out."""
 
     def __init__(self) -> None:
         self.came: int | None = None
@@ -109,12 +109,14 @@ class Signals:
         signal.signal(signal.SIGALRM, self._again)
         for s in SIGNALS:
             signal.signal(s, self._arrived)
+        self.tell, sys.unraisablehook = sys.unraisablehook, self._dropped
 
     def leave(self) -> None:
         """From now on a signal ends the process at once."""
         signal.setitimer(signal.ITIMER_REAL, 0)
         for s in (*SIGNALS, signal.SIGALRM):
             signal.signal(s, signal.SIG_DFL)
+        sys.unraisablehook = self.tell
         self.came, self.held = None, False
 
     def let(self) -> None:
@@ -128,6 +130,10 @@ class Signals:
             self.came = signum
             if not self.held:
                 self._interrupt()
+
+    def _dropped(self, what: Any) -> None:
+        if not isinstance(what.exc_value, Interrupted):
+            self.tell(what)
 
     def _again(self, signum: int, frame: types.FrameType | None) -> None:
         if self.came is not None and not self.held:

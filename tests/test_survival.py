@@ -337,7 +337,7 @@ def status_of(program):
     return end.value.code, came
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_that_was_swallowed_comes_again(monkeypatch):
     monkeypatch.setattr(run, "AGAIN", 0.05)
 
