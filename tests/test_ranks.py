@@ -133,14 +133,26 @@ def test_the_gradient_of_two_processes_is_that_of_one_with_both_halves():
 # A run
 
 
-def trained(args, update=None):
-    """The summary, and what the process's environments saw first."""
-    seen = []
+def trained(args):
+    """The summary; what the process's environments saw first; rewards of its first rollout, as paid and as learned."""
+    seen, paid, learned = [], [], []
+    see, collect, learn = ppo.GridAgent.see, ppo.collect, ppo.learn
+
+    def collected(*args):
+        batch, *others = collect(*args)
+        paid.append(batch.reward)
+        return batch, *others
+
+    def learning(agent, optimizer, gradient, args, batch, critic_only):
+        learned.append(batch.reward)
+        return learn(agent, optimizer, gradient, args, batch, critic_only)
+
     with pytest.MonkeyPatch.context() as patch:
-        see = ppo.GridAgent.see
         patch.setattr(ppo.GridAgent, "see", lambda agent, obs: seen.append(see(agent, obs)) or seen[-1])
+        patch.setattr(ppo, "collect", collected)
+        patch.setattr(ppo, "learn", learning)
         summary = ppo.train(args)
-    return summary, seen[0]
+    return summary, seen[0], paid[0], learned[0]
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +164,7 @@ def whole(tmp_path_factory):
 
 
 def test_two_processes_make_one_run(whole):
-    folder, _, ((summary, _), (nothing, _)) = whole
+    folder, _, ((summary, *_), (nothing, *_)) = whole
     assert (summary["status"], summary["steps"], nothing) == ("completed", FULL, {})
     assert [int(row["step"]) for row in run.read_progress(folder / "progress.csv")] == [128, 256, 384, 512]
     assert [line["step"] for line in lines(folder / "evaluations.jsonl")] == [256, 512]
@@ -167,7 +179,7 @@ def test_two_processes_make_one_run(whole):
 
 
 def test_two_processes_share_the_environments_of_one(whole):
-    _, args, ((_, first), (_, second)) = whole
+    _, args, ((_, first, *_), (_, second, *_)) = whole
     vec = envs.make_vec("SocNavGrid-v0", 8, reward=args.reward, **PLACE)
     obs, _ = vec.reset(seed=args.seed)
     together = ppo.make_grid_agent(vec, args).see(ppo.tensors(obs, torch.device("cpu")))
@@ -181,6 +193,15 @@ def test_the_first_update_learns_from_both_halves(whole):
     assert first["agent"]["normalizer.count"] == BATCH
 
 
+def test_rewards_of_both_are_scaled_alike(whole):
+    folder, _, processes = whole
+    scaler = run.load(folder / f"checkpoints/step_{BATCH:09d}.pt")["reward_scaler"]
+    assert scaler["stats.count"] == BATCH
+    for *_, paid, learned in processes:
+        torch.testing.assert_close(learned, paid * torch.rsqrt(scaler["stats.var"] + 1e-8), rtol=1e-4, atol=1e-6)
+    assert not torch.equal(processes[0][2], processes[1][2])
+
+
 def test_episodes_of_both_are_logged_at_the_step_of_the_run(whole):
     folder, *_ = whole
     steps = [line["step"] for line in lines(folder / "episodes.jsonl")]
@@ -188,6 +209,16 @@ def test_episodes_of_both_are_logged_at_the_step_of_the_run(whole):
     # all eight begin together and last 25 calls, of 8 steps each, if nothing ends them sooner
     assert len(steps) >= 16
     assert steps.count(25 * 8) > 4
+
+
+def test_episodes_are_logged_in_the_order_of_their_steps(tmp_path, monkeypatch):
+    make_quick(monkeypatch)
+    gather = ranks.gather
+    monkeypatch.setattr(ranks, "gather", lambda x: [x[::-1]] if isinstance(x, list) else gather(x))
+    ppo.train(tiny(tmp_path / "run", num_steps=64))
+    steps = [line["step"] for line in lines(tmp_path / "run" / "episodes.jsonl")]
+    assert len({*steps}) > 1
+    assert steps == sorted(steps)
 
 
 def test_a_resumed_run_of_two_equals_an_uninterrupted_one(whole):
