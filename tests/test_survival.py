@@ -259,9 +259,17 @@ def test_signals_while_cloning_and_collecting(root):
     print(f"the longest took {max(took for _, took in struck):.2f} s")
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """A shell's background jobs, and what they start, ignore SIGINT until they ask for it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", TRAINING)
-def test_real_processes(root, script):
+def test_real_processes(root, script, hears_ctrl_c):
     """Signals and kills from the first moment on, the imports included, which end without a word as any program's."""
     rng, folder, took = random.Random(script), root / f"{script}_real", []
     line, path = survival.begin(script, root, folder.name), os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
