@@ -209,7 +209,8 @@ def compiled(function: Callable) -> Callable:
         raise UserError(
             f"--compile needs a C++ compiler, and there is no {compiler}; install it or leave --compile out"
         )
-    from torch._inductor.runtime.cache_dir_utils import cache_dir  # slow to import
+    from torch._inductor.async_compile import AsyncCompile  # slow to import
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):
         torch._dynamo.config.trace_autograd_ops = True
@@ -218,6 +219,9 @@ def compiled(function: Callable) -> Callable:
     def call(*args: Any) -> Any:
         try:
             return fast(*args)
+        except Interrupted:  # or the process would end only when all that waits is compiled
+            AsyncCompile.pool().shutdown(wait=False, cancel_futures=True)
+            raise
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
             remedy = f"delete PyTorch's cache {cache_dir()}, where a killed process may have left a damaged file"

@@ -294,6 +294,24 @@ def test_real_processes(root, script, hears_ctrl_c):
     print(f"\n{script}: the longest took {max(took):.2f} s")
 
 
+@pytest.mark.slow
+def test_a_signal_while_a_compiler_works(tmp_path):
+    """What g++ has begun it finishes, and begins no more."""
+    cache, flags = tmp_path / "cache", ["--compile", "--dry-run", "--num-steps", "32", "--minibatch-size", "32"]
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    line = [sys.executable, ppo_residual.__file__, *flags, "--run-root", str(tmp_path), "--run-name", "run"]
+    process = subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True)
+    while not list(cache.rglob("*.main.cpp")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=2 * LIMIT)[1]
+    assert process.returncode == 143
+    assert "Traceback" not in errors
+    assert run.load_checkpoint(tmp_path / "run" / "interrupted.pt")["step"] == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
+
+
 @pytest.fixture
 def quick_export(monkeypatch):
     monkeypatch.setattr(run, "export_onnx", survival.placeholder)
