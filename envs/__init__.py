@@ -8,7 +8,7 @@ import gymnasium as gym
 
 from envs.batch_env import BatchEnv, GymVec
 from envs.command import fits
-from envs.run import UserError
+from envs.files import UserError
 
 gym.register("SO101Paper-v0", "envs.so101:SO101PaperEnv", vector_entry_point="envs.so101:SO101Paper")
 

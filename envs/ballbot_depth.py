@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from envs import run
 from envs.ballbot_terrain import POINTS, SIDE, SPACING
 from envs.contents import unlike
-from envs.run import UserError
+from envs.files import UserError
 
 FAR = 1.0  # m: depths are cut off here
 BALL_RADIUS = 0.09  # m

@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space, create_empty_array
 
 from envs.contents import COUNT, misfit, unlike
-from envs.run import UserError, plain
+from envs.files import UserError, plain
 
 FASTEST_FILM = 60  # frames a second: of faster environments, films and windows leave frames out
 SPLITS = ("train", "validation", "test")

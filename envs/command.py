@@ -17,20 +17,17 @@ import torch
 import tyro
 
 from envs.contents import COUNT, shown
+from envs.files import UserError, read_json, require
 from envs.run import (
     CONFIG,
-    Interrupted,
-    UserError,
     find_checkpoint,
     is_policy_path,
     load_checkpoint,
     load_policy,
-    read_json,
-    require,
     require_same_files,
     run_folder,
-    signals,
 )
+from envs.signals import Interrupted, signals
 
 # Settings that may differ between a run and its continuation
 MAY_CHANGE = ("resume", "total_timesteps", "run_root", "run_name", "config")

@@ -32,8 +32,9 @@ from gymnasium.vector import VectorEnv
 import envs
 from envs.command import SCRIPT_SETS, require_named
 from envs.contents import ARGUMENTS
+from envs.files import UserError, lock, read_json, replacing, require, sha256, unwritable, write_json
 from envs.rollout import Film
-from envs.run import UserError, lock, read_json, replacing, require, sha256, signals_held, unwritable, write_json
+from envs.signals import signals_held
 
 ENOUGH = 200  # episodes from which a dataset without problems counts as validated
 CHUNK = 4096  # steps that are read at a time

@@ -27,6 +27,7 @@ import gymnasium as gym
 import numpy as np
 
 from envs.batch_env import BatchEnv, SingleEnv, seed_of_each
+from envs.files import UserError
 from envs.lateral_model import BINS, Dynamics, distribution, draw, tokens_of
 from envs.lateral_segments import (
     CONTEXT,
@@ -41,7 +42,6 @@ from envs.lateral_segments import (
     synthetic,
 )
 from envs.raster import Window, charts
-from envs.run import UserError
 
 EMBEDDED = Path(__file__).parent / "assets" / "lateral_dynamics.onnx"
 STEPS = LAST - FIRST  # of an episode

@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from envs.files import UserError
 from envs.lateral_segments import CONTEXT
 from envs.onnx_file import open_session, read_model
-from envs.run import UserError
 
 BINS = np.linspace(-5, 5, 1024)  # lateral accelerations that the model can tell apart, m/s^2
 TEMPERATURE = np.float32(0.8)

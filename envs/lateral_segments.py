@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from envs.run import UserError
+from envs.files import UserError
 
 DT = 0.1  # s
 CONTEXT = 20  # rows that the dynamics looks back

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
-from envs.run import UserError
+from envs.files import UserError
 
 LOOPS = {"Loop", "Scan"}  # they may never end
 

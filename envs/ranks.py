@@ -19,7 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from envs.command import started_together
-from envs.run import Interrupted, UserError, checkpoints_in, run_folder, signals
+from envs.files import UserError
+from envs.run import checkpoints_in, run_folder
+from envs.signals import Interrupted, signals
 
 
 def count() -> int:

@@ -17,17 +17,8 @@ from torch import nn
 import envs
 from envs.batch_env import FASTEST_FILM
 from envs.contents import misfit, shown
-from envs.run import (
-    MEANING,
-    UserError,
-    is_policy_path,
-    policy_file,
-    replacing,
-    require_same_files,
-    sha256,
-    video_path,
-    write_json,
-)
+from envs.files import UserError, replacing, sha256, write_json
+from envs.run import MEANING, is_policy_path, policy_file, require_same_files, video_path
 
 # Batched observations (N, ...) -> actions (N, A). A policy with state also has reset(rows, vec), called as episodes
 # begin in these rows of the vector environment. One that needs other arguments of the environment than a learned

@@ -1,10 +1,6 @@
 """What a training run writes, and how its files are read back."""
 
 import contextlib
-import csv
-import errno
-import fcntl
-import hashlib
 import io
 import json
 import logging
@@ -12,28 +8,41 @@ import netrc
 import os
 import platform
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import types
 import warnings
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from envs.contents import ARGUMENTS, COUNT, misfit, shown, unlike
+from envs.files import (
+    UserError,
+    WriteError,
+    append,
+    csv_text,
+    lock,
+    read_json,
+    read_jsonl,
+    read_progress,
+    read_pt,
+    require,
+    save,
+    sha256,
+    write_json,
+    write_whole,
+)
+from envs.signals import Interrupted, signals, signals_held
 
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy", "onnxruntime")
 # Arguments of environments that say what an action means: a deployed policy needs them
@@ -62,106 +71,6 @@ CHECKPOINT = {
 }
 PARENTS = {str: {"sha256": str, "config": dict | None, "steps?": int | None}}
 CONFIG = {"parents?": PARENTS, "resumed?": list}
-LONGEST_MESSAGE = 2000  # characters
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend: the message says what is wrong and what to do.
-
-    It is one line that a terminal can show, whatever a file put into it."""
-
-    def __init__(self, message: str):
-        line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
-        half = LONGEST_MESSAGE // 2
-        super().__init__(line if len(line) <= LONGEST_MESSAGE else f"{line[: half - 5]} ... {line[-half:]}")
-
-
-class WriteError(UserError):
-    """A file could not be written, as on a full disk."""
-
-
-class Interrupted(BaseException):
-    """One of SIGNALS, raised wherever the program happens to be."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm can send the last one before the time is up
-AGAIN = 1.0  # s
-
-
-class Signals:
-    """The first signal raises Interrupted, later ones must not cut short what it began. While signals are held, it is
-    only noted, and raised when they are let in again.
-
-    Python prints and drops an exception that is raised in a destructor or in a library's callback, and some libraries
-    drop all that they meet. So the signal is raised again after a second, until the program is on its way out."""
-
-    def __init__(self) -> None:
-        self.came: int | None = None
-        self.held = False
-
-    def catch(self) -> None:
-        """From now on signals come here; only in the main thread."""
-        self.came, self.held = None, False
-        signal.signal(signal.SIGALRM, self._again)
-        for s in SIGNALS:
-            signal.signal(s, self._arrived)
-        self.tell, sys.unraisablehook = sys.unraisablehook, self._dropped
-
-    def leave(self) -> None:
-        """From now on a signal ends the process at once."""
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for s in (*SIGNALS, signal.SIGALRM):
-            signal.signal(s, signal.SIG_DFL)
-        sys.unraisablehook = self.tell
-        self.came, self.held = None, False
-
-    def let(self) -> None:
-        """No longer held: raises Interrupted if a signal came meanwhile."""
-        self.held = False
-        if self.came is not None:
-            self._interrupt()
-
-    def _arrived(self, signum: int, frame: types.FrameType | None) -> None:
-        if self.came is None:
-            self.came = signum
-            if not self.held:
-                self._interrupt()
-
-    def _dropped(self, what: Any) -> None:
-        if not isinstance(what.exc_value, Interrupted):
-            self.tell(what)
-
-    def _again(self, signum: int, frame: types.FrameType | None) -> None:
-        if self.came is not None and not self.held:
-            self._interrupt()
-
-    def _interrupt(self) -> None:
-        signal.setitimer(signal.ITIMER_REAL, AGAIN)
-        raise Interrupted(self.came)
-
-
-signals = Signals()
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """No signal interrupts meanwhile; in a notebook, whose Ctrl-C does not come to `signals`, it is ignored."""
-    signals.held = True
-    main = threading.current_thread() is threading.main_thread()
-    notebook = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if notebook:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signals.held = False
-        if notebook:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-    signals.let()
 
 
 def require_finite(what: str, x: np.ndarray, step: int) -> None:
@@ -260,139 +169,7 @@ def converged_at(evaluations: list[dict]) -> int | None:
     return None
 
 
-# Files: written whole or not at all
-
-
-REMEDIES = {
-    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "its folder was removed: put it back, or start anew"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "what was there is intact; make its folder writable"),
-}
-
-
-def unwritable(path: Path, error: OSError) -> WriteError:
-    reason = error.strerror or " ".join(str(error).split())
-    remedy = REMEDIES.get(error.errno, "what was there is intact; free some space")
-    return WriteError(f"{path} could not be written ({reason}); {remedy}")
-
-
-@contextlib.contextmanager
-def replacing(path: Path, ending: str = ".tmp") -> Iterator[Path]:
-    """The name under which to write a file that then takes the place of `path`: a crash leaves the old one or the new.
-
-    Raises:
-        WriteError: it could not be written.
-    """
-    temporary = path.with_name(f".{path.name}{ending}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside the target, flush to the disk, then rename."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def append(path: Path, text: str | bytes) -> None:
-    """Add to a log."""
-    try:
-        with open(path, "ab") as file:
-            file.write(text.encode() if isinstance(text, str) else text)
-    except OSError as error:
-        raise unwritable(path, error) from error
-
-
-def lock(path: Path, busy: str) -> IO:
-    """An open file that no other process can have until it is closed or this process ends, however it ends.
-
-    Raises:
-        UserError: another one has it, which is what `busy` says; or it cannot be made.
-    """
-    try:
-        file = open(path, "wb")  # noqa: SIM115 (stays open)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    taken = False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        taken = True
-    except OSError:  # a file system without locks: nobody is kept out
-        pass
-    if taken or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):  # just now removed
-        file.close()
-        raise UserError(busy)
-    return file
-
-
-def csv_text(rows: list[dict], header: bool) -> str:
-    """Rows of a CSV file."""
-    buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, list(rows[0]) if rows else [])
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_whole(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file that holds one object.
-
-    Raises:
-        UserError: it is missing or holds something else.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; give a JSON file such as a run's config.json")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except RecursionError:
-        raise UserError(f"{path}: not JSON that can be read (nested too deep); mend it or use another") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); mend it or use another") from None
-    if not isinstance(content, dict):
-        raise UserError(f'{path}: must hold one JSON object, such as {{"learning_rate": 0.001}}')
-    return content
-
-
-def require(content: Any, wanted: Any, source: str | Path, advice: str) -> None:
-    """Raises UserError unless what a file holds is as wanted; see contents.misfit."""
-    if wrong := misfit(content, wanted):
-        raise UserError(f"{source}: {wrong}; {advice}")
-
-
-def save(path: Path, content: dict) -> None:
-    """A dict of tensors, arrays and plain values, in torch's format."""
-    buffer = io.BytesIO()
-    torch.save(plain(content), buffer)
-    write_whole(path, buffer.getvalue())
-
-
-def plain(x: Any) -> Any:
-    """With tensors for numpy's arrays and Python numbers for its scalars, so that it loads with weights_only=True."""
-    if isinstance(x, dict):
-        return {key: plain(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return type(x)(plain(value) for value in x)
-    if isinstance(x, np.ndarray):
-        return torch.as_tensor(x)
-    return x.item() if isinstance(x, np.generic) else x
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+# Policies and checkpoints
 
 
 def load(path: Path) -> dict:
@@ -408,24 +185,6 @@ def load(path: Path) -> dict:
         )
     require(content, POLICY, path, "use another file")
     return content
-
-
-def read_pt(path: Path, advice: str) -> dict:
-    """What `save` wrote.
-
-    Raises:
-        UserError: the file is missing or damaged, or holds something else than a dict.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; give a .pt file, or a run directory that holds one")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
-            if archive.testzip() is not None:
-                raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return {**content}
-    except Exception as error:  # what torch.load raises has no common base
-        raise UserError(f"{path}: empty, damaged or not a file of this project; {advice}") from error
 
 
 def load_checkpoint(path: Path, kind: str | None = None) -> dict:
@@ -962,35 +721,6 @@ def dataset_file(args: Any) -> Path:
     if args.dataset.endswith(".npz"):
         return Path(args.dataset)
     return Path(args.run_root) / "datasets" / f"{args.dataset}.npz"
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The lines of a .jsonl log, each of a step; a torn or damaged line is left out."""
-    rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            rows += [row] if not misfit(row, {"step": COUNT}) else []
-    return rows
-
-
-def read_progress(path: Path) -> list[dict]:
-    """The rows of a progress.csv as strings: the step, and numbers or nothing; a torn or damaged row is left out."""
-
-    def sound(row: dict) -> bool:
-        if None in row or None in row.values():
-            return False
-        with contextlib.suppress(KeyError, ValueError):
-            return int(row["step"]) >= 0 and bool([float(cell or "nan") for cell in row.values()])
-        return False
-
-    if not path.exists():
-        return []
-    rows = csv.DictReader(path.read_text(errors="replace").splitlines())
-    try:
-        return [row for row in rows if sound(row)]
-    except csv.Error as error:
-        raise UserError(f"{path}: damaged ({error}); restore it, or remove it") from None
 
 
 def start_wandb(run: Run) -> Any:

@@ -9,7 +9,7 @@ import mujoco
 import numpy as np
 
 from envs.batch_env import FASTEST_FILM
-from envs.run import UserError
+from envs.files import UserError
 
 
 class View:

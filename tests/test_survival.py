@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import bc_pretrain
 import ppo_residual
-from envs import demonstrations, rollout, run
+from envs import demonstrations, files, rollout, run
 from envs.command import command_line
 
 SCRIPT = ppo_residual
@@ -365,7 +365,7 @@ def status_of(program):
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_that_was_swallowed_comes_again(monkeypatch):
-    monkeypatch.setattr(run, "AGAIN", 0.05)
+    monkeypatch.setattr("envs.signals.AGAIN", 0.05)
 
     def program(came):
         gone = Swallows()
@@ -491,7 +491,7 @@ def full(monkeypatch):
             full = "r" not in mode and Path(path).match(name)
             return real("/dev/full" if full else path, mode, *args, **kwargs)
 
-        for module in (run, demonstrations):
+        for module in (files, demonstrations):
             monkeypatch.setattr(module, "open", fake, raising=False)
 
     return full_for

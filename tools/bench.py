@@ -35,7 +35,7 @@ from bench_results import finished, table
 from bench_runs import Memory, Scaling, bench_memory, bench_scaling, memory_rows, scaling_rows
 
 from envs import command
-from envs.run import UserError
+from envs.files import UserError
 
 ROWS = {"envs": env_rows, "speed": speed_rows, "learn": learn_rows, "scaling": scaling_rows, "memory": memory_rows}
 

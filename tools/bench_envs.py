@@ -20,7 +20,7 @@ import ppo_continuous
 import ppo_grid_socnav
 import ppo_residual
 from envs import ballbot, command, lateral, lateral_model, rollout, run, so101
-from envs.run import UserError
+from envs.files import UserError
 from envs.socnav.dynamics import rotate
 from envs.socnav.environment import SocNavGrid
 from envs.socnav.grid import OccupancyGrid

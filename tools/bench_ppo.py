@@ -25,7 +25,7 @@ import envs
 import ppo_continuous
 import ppo_residual
 from envs import command, rollout, run
-from envs.run import UserError
+from envs.files import UserError
 
 
 @dataclass

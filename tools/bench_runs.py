@@ -17,7 +17,7 @@ from typing import Any
 from bench_results import Row, grouped, measured, number, place, spread, table
 
 from envs import run
-from envs.run import UserError
+from envs.files import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 EARLY = "--eval-first 1"  # or the first evaluation, which needs memory of its own, might come after the first minute

@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from envs.command import command_line
 from envs.contents import COUNT
+from envs.files import UserError, read_json, read_jsonl, read_progress, require, write_json, write_whole
 from envs.rollout import LOWER_IS_BETTER, figures
-from envs.run import PARENTS, UserError, read_json, read_jsonl, read_progress, require, write_json, write_whole
+from envs.run import PARENTS
 
 RESAMPLES = 10_000  # of a bootstrap
 FEWEST = 3  # runs of which one says anything

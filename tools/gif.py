@@ -23,7 +23,7 @@ from bench import make_policy
 
 import envs
 from envs import command, rollout, run
-from envs.run import UserError
+from envs.files import UserError
 
 
 @dataclass

@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import envs
 from envs.command import command_line
+from envs.files import UserError, write_whole
 from envs.lateral import EMBEDDED, MAX_JUMP, MAX_STEER
 from envs.lateral_model import BINS
 from envs.lateral_segments import CONTEXT, DT, SYNTHETIC
 from envs.rollout import rollout, scripted
-from envs.run import UserError, write_whole
 
 Values = TypeVar("Values", float, np.ndarray, torch.Tensor)
 

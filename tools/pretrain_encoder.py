@@ -30,8 +30,8 @@ import envs
 from envs.ballbot import IMAGE_EVERY, OBS_HIGH, Ballbot
 from envs.ballbot_depth import CODE, DepthEncoder, save_encoder
 from envs.command import command_line
+from envs.files import UserError
 from envs.rollout import Policy, scripted
-from envs.run import UserError
 
 
 @dataclass

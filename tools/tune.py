@@ -56,8 +56,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from envs import command
 from envs.contents import COUNT, is_one, shown
+from envs.files import UserError, read_json, read_jsonl, write_whole
 from envs.rollout import LOWER_IS_BETTER, figures
-from envs.run import UserError, read_json, read_jsonl, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 PENALTY, PER_VIOLATION = 1e6, 1e3  # worse than any figure that a feasible trial can have

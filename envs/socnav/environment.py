@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from envs.batch_env import Array, BatchEnv, SingleEnv, seed_of_each
+from envs.files import UserError
 from envs.raster import Window
-from envs.run import UserError
 from envs.socnav import GOAL_RANGE, PEDESTRIAN_RANGE, PEDESTRIAN_SPEED, controllers, metrics
 from envs.socnav.crowd import Crowd
 from envs.socnav.drawing import Drawing

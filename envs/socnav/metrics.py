@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from envs.contents import shown
-from envs.run import UserError, read_json
+from envs.files import UserError, read_json
 from envs.socnav.dynamics import DT
 
 FILE = Path(__file__).parents[1] / "assets" / "socnav_snqi.json"
