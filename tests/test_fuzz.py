@@ -24,12 +24,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT), str(ROOT / "tests")]
 
 import mutate  # noqa: E402
 from fuzz_readers import READERS, Reader, quickly, warm  # noqa: E402
+
+import bc_pretrain  # noqa: E402
+import envs  # noqa: E402
+import ppo_continuous  # noqa: E402
+from envs import command, run  # noqa: E402
+from envs.run import UserError  # noqa: E402
 
 SEED = 1
 LONGEST = 5.0  # s that a file may take
@@ -251,6 +258,69 @@ def root(tmp_path):
 def test_damaged_files_are_refused_in_one_line(name, root):
     wrong, _ = fuzz(name, shares(SAMPLE)[name], root / name)
     assert wrong == []
+
+
+@pytest.fixture
+def canary(tmp_path, monkeypatch):
+    """The file that an import of mutate.MODULE leaves in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"{mutate.MODULE}.py").write_text(f"open({mutate.CANARY!r}, 'w').close()\n")
+    yield tmp_path / mutate.CANARY
+    sys.modules.pop(mutate.MODULE, None)
+
+
+@pytest.mark.parametrize("flag", ["--config", "--evaluate"])
+def test_a_file_cannot_have_a_module_run(flag, canary):
+    asked = f"{mutate.MODULE}:Env-v0"
+    if flag == "--config":
+        file = Path("config.json")
+        file.write_text(f'{{"env_id": "{asked}"}}')
+    else:
+        file = Path("policy.pt")
+        policy = {
+            "kind": "policy",
+            "env_id": asked,
+            "env_kwargs": {},
+            "args": {"env_id": asked},
+            "agent": {},
+            "step": 0,
+        }
+        run.save(file, policy)
+        with pytest.raises(UserError, match=r"policy\.pt: its environment .* no file may ask for"):
+            bc_pretrain.who_plays(bc_pretrain.CollectArgs("x", policy="./policy.pt"))
+    line = [flag, f"./{file}"]
+    with pytest.raises(UserError, match=r"its environment .* no file may ask for; if you trust it, give --env-id"):
+        command.parse(ppo_continuous.Args, ppo_continuous.Args.tuned, argv=line)
+    assert not canary.exists()
+    args = command.parse(ppo_continuous.Args, ppo_continuous.Args.tuned, argv=[*line, "--env-id", asked])
+    with pytest.raises(UserError, match="unknown environment"):
+        envs.make_vec(args.env_id, 1)
+    assert canary.exists()
+
+
+def test_demonstrations_cannot_have_a_module_run(canary):
+    READERS["dataset"].make(Path())
+    manifest = run.read_json(Path("datasets/home.json"))
+    run.write_json(Path("datasets/home.json"), {**manifest, "env_id": f"{mutate.MODULE}:Env-v0"})
+    with pytest.raises(UserError, match=r"home\.json: its environment .* no file may ask for"):
+        bc_pretrain.validate(bc_pretrain.ValidateArgs("home", run_root="."))
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("code", range(3))
+def test_a_pickle_is_not_executed(code, canary):
+    torch.save({**dict.fromkeys(run.POLICY_KEYS), "agent": mutate.Bomb(code)}, "bomb.pt")
+    with pytest.raises(UserError, match=r"bomb\.pt: .*not a file of this project"):
+        run.load(Path("bomb.pt"))
+    assert not canary.exists()
+
+
+def test_messages_are_one_line_that_a_terminal_can_show():
+    assert str(UserError("a\nb\x1b[31mc \u202e d")) == "a b [31mc d"
+    long = str(UserError("x" * 10_000 + "; use another"))
+    assert len(long) <= run.LONGEST_MESSAGE
+    assert long.endswith("xx; use another")
 
 
 @pytest.mark.slow
