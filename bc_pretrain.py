@@ -38,8 +38,8 @@ from torch.optim import Optimizer
 import envs
 from envs import command, demonstrations, ranks, rollout, run
 from envs.demonstrations import Demonstrations, Writer, named
+from envs.files import UserError
 from envs.rollout import Deployed, Policy
-from envs.run import UserError
 from envs.socnav import GOAL_RANGE, PEDESTRIAN_RANGE, PEDESTRIAN_SPEED
 
 

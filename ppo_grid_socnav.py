@@ -40,8 +40,9 @@ from torch.optim import Optimizer
 
 import envs
 from envs import command, ranks, rollout, run
+from envs.files import UserError
 from envs.rollout import Deployed, as_numpy
-from envs.run import UserError, require_finite
+from envs.run import require_finite
 from envs.socnav import GOAL_RANGE, PEDESTRIAN_RANGE, PEDESTRIAN_SPEED
 
 

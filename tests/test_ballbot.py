@@ -17,8 +17,8 @@ from envs import ballbot, run
 from envs.ballbot import AZIMUTHS, BALL, BASE, DRIVES, MAX_TILT, PID, QUATERNION, Ballbot, BallbotDepth
 from envs.ballbot_depth import BALL_RADIUS, CODE, DepthCameras, DepthEncoder, FrozenEncoder, load_encoder, save_encoder
 from envs.ballbot_terrain import POINTS, SPACING, heights, simplex_noise
+from envs.files import UserError
 from envs.rollout import Film, Zero, rollout
-from envs.run import UserError
 
 
 class Rows:

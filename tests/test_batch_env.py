@@ -13,8 +13,8 @@ import envs
 from envs import run
 from envs.batch_env import SPLITS, BatchEnv, GymVec, SingleEnv
 from envs.command import fits
+from envs.files import UserError
 from envs.rollout import rollout, score
-from envs.run import UserError
 
 LIMIT = 6
 PUSH = np.array([[1.0], [0.0], [0.5]], np.float32)  # row 0 reaches the end, row 1 never, row 2 in between

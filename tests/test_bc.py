@@ -23,8 +23,8 @@ import ppo_grid_socnav
 import ppo_residual
 from envs import command, demonstrations, rollout, run
 from envs.batch_env import BatchEnv
+from envs.files import UserError
 from envs.lateral import FeedForward, LateralControl
-from envs.run import UserError
 
 
 class Straight:

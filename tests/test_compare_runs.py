@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import compare_runs
 
-from envs.run import UserError
+from envs.files import UserError
 
 SOCNAV = {"pedestrian_collision": 0.03, "obstacle_collision": 0.02, "timeout": 0.01, "snqi": 0.5}
 

@@ -36,7 +36,7 @@ import bc_pretrain  # noqa: E402
 import envs  # noqa: E402
 import ppo_continuous  # noqa: E402
 from envs import command, run  # noqa: E402
-from envs.run import UserError  # noqa: E402
+from envs.files import UserError  # noqa: E402
 
 SEED = 1
 LONGEST = 5.0  # s that a file may take

@@ -21,10 +21,10 @@ from onnx import TensorProto, helper, numpy_helper
 import envs
 import ppo_continuous as ppo
 from envs import lateral, raster, rollout, run
+from envs.files import UserError
 from envs.lateral import EMBEDDED, ChallengeController, LateralControl, LateralControlEnv, Road, Simulator
 from envs.lateral_model import BINS, Dynamics, distribution, draw, last_position_only, tokens_of
 from envs.lateral_segments import Segment, load_segment, synthetic
-from envs.run import UserError
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "lateral"  # the challenge's own model and segments
 MODEL = DATA / "tinyphysics.onnx"

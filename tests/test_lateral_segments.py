@@ -10,11 +10,11 @@ import torch
 
 import envs
 from envs import lateral_segments
+from envs.files import UserError
 from envs.lateral import EMBEDDED, MAX_JUMP
 from envs.lateral_model import BINS, tokens_of
 from envs.lateral_segments import CONTEXT, FIRST, MIN_ROWS, SYNTHETIC, load_folder, load_segment, split_of, synthetic
 from envs.rollout import rollout, scripted
-from envs.run import UserError
 
 ARRAYS = ("target", "roll", "v", "a", "steer")
 HEADER = ["t", "vEgo", "aEgo", "roll", "targetLateralAcceleration", "steerCommand"]

@@ -20,7 +20,7 @@ import bc_pretrain as bc
 import ppo_continuous
 import ppo_grid_socnav
 from envs import rollout, run
-from envs.run import UserError
+from envs.files import UserError
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,7 +26,7 @@ from torch.distributions import Independent, Normal
 import envs
 import ppo_grid_socnav as ppo
 from envs import command, rollout, run
-from envs.run import UserError
+from envs.files import UserError
 from envs.socnav import controllers, environment, metrics
 
 ENCODERS = ("rays", "cnn")

@@ -22,7 +22,7 @@ import envs
 import ppo_continuous
 import ppo_grid_socnav as ppo
 from envs import ranks, run
-from envs.run import UserError
+from envs.files import UserError
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ppo

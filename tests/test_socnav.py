@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import envs
 from envs import run
+from envs.files import UserError
 from envs.rollout import ROWS, rollout, scripted
-from envs.run import UserError
 from envs.socnav import GOAL_RANGE, PEDESTRIAN_RANGE, environment, metrics
 from envs.socnav.controllers import Pursuit
 from envs.socnav.environment import SocNavGrid, SocNavGridEnv

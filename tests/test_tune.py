@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import tune
 
-from envs.run import UserError
+from envs.files import UserError
 
 ROOT = Path(__file__).parents[1]
 SWEEP = """
