@@ -19,7 +19,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import make_policy
+from bench_envs import make_policy
 
 import envs
 from envs import command, rollout, run
