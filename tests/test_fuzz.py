@@ -36,7 +36,7 @@ import bc_pretrain  # noqa: E402
 import envs  # noqa: E402
 import ppo_continuous  # noqa: E402
 from envs import command, run  # noqa: E402
-from envs.files import UserError  # noqa: E402
+from envs.files import LONGEST_MESSAGE, UserError  # noqa: E402
 
 SEED = 1
 LONGEST = 5.0  # s that a file may take
@@ -341,7 +341,7 @@ def test_a_pickle_is_not_executed(code, canary):
 def test_messages_are_one_line_that_a_terminal_can_show():
     assert str(UserError("a\nb\x1b[31mc \u202e d")) == "a b [31mc d"
     long = str(UserError("x" * 10_000 + "; use another"))
-    assert len(long) <= run.LONGEST_MESSAGE
+    assert len(long) <= LONGEST_MESSAGE
     assert long.endswith("xx; use another")
 
 

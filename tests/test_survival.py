@@ -26,6 +26,7 @@ import bc_pretrain
 import ppo_residual
 from envs import demonstrations, files, rollout, run
 from envs.command import command_line
+from envs.signals import SIGNALS
 
 SCRIPT = ppo_residual
 ROOT = Path(__file__).parents[1]
@@ -183,7 +184,7 @@ def strike(child, rng, phases):
     hit = child.strike(sent[0], rng, phases)
     if hit is not None and rng.random() < 0.3 and child.alive():
         time.sleep(rng.choice((0.001, 0.02, 0.2)) * rng.random())
-        sent.append(rng.choice(run.SIGNALS))
+        sent.append(rng.choice(SIGNALS))
         if child.alive():
             os.kill(child.process.pid, sent[-1])
     status = child.wait()
