@@ -126,7 +126,7 @@ def unlike_inside(found: Any, example: dict | list | tuple, where: str) -> str:
         return f"its {where} is {shown(found)}, not {named(type(example))}"
     theirs, ours = (x if isinstance(x, dict) else dict(enumerate(x)) for x in (found, example))
     if missing := [name for name in ours if name not in theirs]:
-        return f"its {where} has no {shown(missing[0])}"
+        return f"its {where} has no {missing[0]}"
     if more := [name for name in theirs if name not in ours]:
         return f"its {where} has {shown(more[0])}, which does not belong there"
     return next((wrong for name in ours if (wrong := unlike(theirs[name], ours[name], f"{where}.{name}"))), "")
