@@ -5,10 +5,13 @@ import signal
 import sys
 
 import pytest
+import torch
 from helpers import assert_refused, files
 
 from envs.socnav import environment
 from envs.socnav.scenarios import choose
+
+torch.set_num_threads(1)  # the tests' workers share the cores
 
 
 def pytest_addoption(parser):
