@@ -671,7 +671,7 @@ def train(args: Args) -> dict:
         run.load_agent(agent, resumed, args, args.resume)
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["reward_scaler"])
-        step, best, evaluations = resumed["step"], resumed["best"], resumed["evaluations"]
+        step, best, evaluations = resumed["step"], resumed["best"], resumed.get("evaluations", [])
         recent.extend(resumed["recent"])
         own_state = ranks.own_state(resumed, args.resume)
         first = vec.load_state_dict(own_state["envs"])
