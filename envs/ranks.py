@@ -133,8 +133,17 @@ def gather(x: Any) -> list:
     """What each process has, in the order of ranks."""
     everything = [x] * count()
     if count() > 1:
-        exchange(dist.all_gather_object, everything, x)
+        exchange(dist.all_gather_object, everything, on_cpu(x))
     return everything
+
+
+def on_cpu(x: Any) -> Any:
+    """The same without a GPU's tensors, which another process could only take in on that GPU."""
+    if isinstance(x, dict):
+        return {name: on_cpu(value) for name, value in x.items()}
+    if isinstance(x, list):
+        return [on_cpu(value) for value in x]
+    return x.cpu() if isinstance(x, Tensor) else x
 
 
 def joined(x: Tensor, dim: int = 0) -> Tensor:
