@@ -52,6 +52,16 @@ PPO = (
 )
 
 
+def test_a_checkpoint_is_a_policy_for_whoever_has_other_settings(do, tmp_path):
+    """Of what resuming needs, such as the returns of so many environments, an expert and a fine-tuned run take none."""
+    do(ppo_continuous, f"{PPO} --total-timesteps 1024 --checkpoint-every 512 --run-name expert")
+    checkpoint = "runs/expert/checkpoints/step_000000512.pt"
+    do(bc, f"collect --policy {checkpoint} --dataset home --episodes 4 --action-noise 0.1")
+    assert json.loads((tmp_path / "runs/datasets/home.json").read_text())["parents"][checkpoint]["steps"] == 512
+    do(ppo_continuous, f"{PPO} --total-timesteps 512 --num-envs 4 --pretrained {checkpoint} --run-name tuned")
+    assert json.loads((tmp_path / "runs/tuned/summary.json").read_text())["status"] == "completed"
+
+
 def test_five_commands_lead_from_an_expert_to_a_comparison(do, capsys):
     do(ppo_continuous, f"{PPO} --total-timesteps 8192 --run-name expert")
     do(bc, "collect --policy runs/expert --dataset home --episodes 30 --seeds 3 4 --action-noise 0.1")
