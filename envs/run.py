@@ -309,7 +309,8 @@ def load_agent(agent: nn.Module, policy: dict, args: Any, source: str) -> None:
     for name in {"center", "scale"} & {*own}:
         if not torch.equal(own[name].cpu(), theirs[name].cpu()):
             raise UserError(f"{source}: its actions have another range; give the --env-kwargs it was trained with")
-    if getattr(args, "resume", None) is not None:  # whoever does not resume takes no more than the networks
+    # Whoever does not resume takes no more than the networks
+    if getattr(args, "resume", None) is not None and "optimizer" in policy:
         require_training_state(agent, policy, args, source)
     agent.load_state_dict(theirs)
 

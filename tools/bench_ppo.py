@@ -166,7 +166,8 @@ def bench_speed(args: Ppo) -> None:
         for repeat in range(args.repeats):
             for contender in (SB3, OURS, COMPILED):
                 one = settings(env_id, contender, seed=repeat)
-                total = (WARM_UP + 1 + args.rollouts) * command.steps_per_rollout(one)
+                # two more: ours mark the end of an iteration, the first after the warm-up; and the last one evaluates
+                total = (WARM_UP + 2 + args.rollouts) * command.steps_per_rollout(one)
                 # without a target both sides make the same number of gradient steps, whatever they learn
                 one = replace(one, total_timesteps=total, target_kl=None)
                 asked = {"env_id": env_id, "contender": contender, "rollouts": args.rollouts, "args": asdict(one)}
