@@ -74,7 +74,7 @@ class View:
 
         with warnings.catch_warnings(action="ignore"):
             if not glfw.init():
-                raise UserError("no display for a window; --capture-video with MUJOCO_GL=egl needs none")
+                raise UserError("no display for a window; to record a film with MUJOCO_GL=egl needs none")
         before = set(threading.enumerate())
         self.viewer = viewer.launch_passive(model, self.viewed)
         self.threads = set(threading.enumerate()) - before
