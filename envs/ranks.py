@@ -42,9 +42,9 @@ def join(args: Any) -> Any:
         UserError: settings that several processes cannot work with.
     """
     together = started_together()
-    for name in ("num_envs", "minibatch_size"):
+    for name, least in {"num_envs": 1, "minibatch_size": 2}.items():
         value = getattr(args, name)
-        if value % together or value // together < 2:
+        if value % together or value // together < least:
             raise UserError(f"--{name.replace('_', '-')} must give each of {together} processes as much, not {value}")
     if args.num_envs // together % args.group_size:
         raise UserError(f"--group-size {args.group_size} must divide the environments of each of {together} processes")

@@ -15,6 +15,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import helpers
 import numpy as np
 import onnx
 import onnxruntime
@@ -649,15 +650,8 @@ def whole(request, tmp_path_factory):
 
 
 def same_runs(folder, other):
-    """All that training did; the arguments differ in where the runs lie, and times in what they took."""
-    names = ["best.pt", "final.pt", f"checkpoints/step_{FULL:09d}.pt"]
-    for name in names:
-        ours, theirs = run.load(folder / name), run.load(other / name)
-        same({**ours, "args": None}, {**theirs, "args": None}, name)
-    for name in ("evaluations.jsonl", "episodes.jsonl"):
-        assert lines(folder / name) == lines(other / name)
-    ours, theirs = (run.read_progress(path / "progress.csv") for path in (folder, other))
-    assert [{**row, "time/sps": 0} for row in ours] == [{**row, "time/sps": 0} for row in theirs]
+    """All that training did, and what the summary says of it."""
+    helpers.same_runs(folder, other, ("best.pt", "final.pt", f"checkpoints/step_{FULL:09d}.pt"))
     ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (folder, other))
     assert {name: ours[name] for name in ("steps", "best")} == {name: theirs[name] for name in ("steps", "best")}
 

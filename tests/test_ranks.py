@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_refused, lines, same
+from helpers import assert_refused, lines, same_runs
 from test_ppo_grid_socnav import make_quick
 
 import envs
@@ -228,16 +228,6 @@ def test_a_resumed_run_of_two_equals_an_uninterrupted_one(whole):
     same_runs(folder.parent / "resumed", folder)
 
 
-def same_runs(folder, other):
-    for name in ("final.pt", "best.pt"):
-        ours, theirs = run.load(folder / name), run.load(other / name)
-        same({**ours, "args": None}, {**theirs, "args": None}, name)
-    for name in ("evaluations.jsonl", "episodes.jsonl"):
-        assert lines(folder / name) == lines(other / name)
-    ours, theirs = (run.read_progress(path / "progress.csv") for path in (folder, other))
-    assert [{**row, "time/sps": 0} for row in ours] == [{**row, "time/sps": 0} for row in theirs]
-
-
 def test_another_number_of_processes_is_refused(whole):
     folder, args, _ = whole
     half = replace(args, resume=str(folder / "checkpoints/step_000000256.pt"), run_name="alone")
@@ -259,6 +249,12 @@ def test_settings_that_do_not_divide(change, message, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=message):
         ppo.train(tiny(tmp_path / "run", **change))
+
+
+def test_one_process_may_have_one_environment(tmp_path, monkeypatch):
+    make_quick(monkeypatch)
+    summary = ppo.train(tiny(tmp_path / "run", num_envs=1, num_steps=128))
+    assert (summary["status"], summary["steps"]) == ("completed", FULL)
 
 
 def test_the_other_scripts_are_for_one_process(command, monkeypatch):
