@@ -554,7 +554,7 @@ def joint_gradient(gradient: Callable, agent: nn.Module, args: Args, critic_only
     if args.norm_adv:
         std, mean = torch.std_mean(ranks.joined(advantage))
         advantage = (advantage - mean) / (std + 1e-8)
-    own = replace(args, norm_adv=False, max_grad_norm=inf)
+    own = replace(args, norm_adv=False, max_grad_norm=inf)  # both are done here, for all
     stats = gradient(agent, own, critic_only, obs, action, old_logprob, advantage, target, old_value)
     gradients = [weight.grad for weight in agent.weights if weight.grad is not None]
     joint = ranks.mean(nn.utils.parameters_to_vector([*gradients, stats]))
@@ -648,7 +648,7 @@ def train(args: Args) -> dict:
         FloatingPointError: observations, rewards, losses or parameters are not finite.
     """
     args = ranks.join(command.checked(with_reward(args)))
-    own_args = ranks.own_part(args)  # several processes share the environments, and each minibatch
+    own_args = ranks.own_part(args)  # of several processes each has its share of the environments and minibatches
     batch_size = command.steps_per_rollout(args)
     iterations = args.total_timesteps // batch_size
     resumed = command.load_to_resume(args, iterations * batch_size, kind="policy")
@@ -692,6 +692,7 @@ def train(args: Args) -> dict:
         }  # fmt: skip
 
     about = "ppo_grid_socnav", args, device, resumed, iterations * batch_size
+    # All processes do the same; the first one evaluates and writes
     with run.Run(*about) if ranks.rank() == 0 else ranks.Unwritten() as record:
         for iteration in range(step // batch_size + 1, iterations + 1):
             record.snapshot = deepcopy(checkpoint())
@@ -704,9 +705,9 @@ def train(args: Args) -> dict:
                 log_std = (1 - progress) * args.init_log_std + progress * args.final_log_std
                 agent.log_std.requires_grad_(False).fill_(log_std)
             batch, obs, episodes = collect(agent, vec, args, obs, step, device)
-            episodes = sorted(chain(*ranks.gather(episodes)), key=itemgetter("step"))
+            episodes = sorted(chain(*ranks.gather(episodes)), key=itemgetter("step"))  # those of all processes
             recent.extend(episodes)
-            if args.norm_reward:
+            if args.norm_reward:  # one scaler for all, equal in each process
                 reward = scaler(ranks.joined(batch.reward, dim=1), ranks.joined(batch.done, dim=1))
                 batch = batch._replace(reward=ranks.own(reward, dim=1))
             scalars = learn(agent, optimizer, gradient, own_args, batch, critic_only=iteration <= args.critic_warmup)
@@ -730,7 +731,7 @@ def train(args: Args) -> dict:
                 break
 
         record.save("final.pt", checkpoint())
-        if ranks.rank() > 0:
+        if ranks.rank() > 0:  # nothing is left to do but the export
             return {}
         agent.load_state_dict(best["agent"])
         run.export_onnx(agent, first, record.folder / "policy.onnx", "policy", args.env_kwargs)

@@ -8,6 +8,11 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+# Slurm can send SIGUSR1 before the time is up; Windows knows neither that nor an alarm
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+ALARM = getattr(signal, "SIGALRM", None)
+AGAIN = 1.0  # s after which a signal that has not ended the program is raised once more
+
 
 class Interrupted(BaseException):
     """One of SIGNALS, raised wherever the program happens to be."""
@@ -15,14 +20,6 @@ class Interrupted(BaseException):
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
-
-
-# Slurm can send SIGUSR1 before the time is up; Windows knows neither that nor an alarm
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-ALARM = getattr(signal, "SIGALRM", None)
-
-
-AGAIN = 1.0  # s
 
 
 class Signals:
