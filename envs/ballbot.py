@@ -98,6 +98,23 @@ class PID:
         return command.clip(-1, 1).astype(np.float32)
 
 
+# {elevation: models of environments that were closed}. Every evaluation of a run has as many as the one before; what a
+# model of 2 MB leaves when it is freed is filled with other things, and a run would grow by and by.
+SPARE: dict[float, list[mujoco.MjModel]] = {}
+
+
+def take_models(elevation: float, count: int) -> list[mujoco.MjModel]:
+    """Models with a height field up to `elevation` (m; 0 for flat ground), whose heights may be those of earlier use."""
+    spare, models = SPARE.setdefault(elevation, []), []
+    while spare and len(models) < count:
+        models.append(spare.pop())
+    if len(models) < count:
+        spec = mujoco.MjSpec.from_file(str(ASSET))
+        spec.hfield("terrain").size[2] = elevation or 1e-3
+        models += [spec.compile() for _ in range(count - len(models))]
+    return models
+
+
 def check(terrain_height: float, max_episode_steps: int, action_repeat: int, threads: int) -> None:
     """Raises ValueError for a value out of its range."""
     if terrain_height != 0 and not 1e-3 <= terrain_height <= 1:  # MuJoCo refuses a height field without any height
@@ -196,10 +213,8 @@ class Ballbot(BatchEnv):
         self.speed_limit = speed_limit if training and speed_limit is not None else np.inf
         self.lowest = np.cos(np.radians(max_tilt if training else MAX_TILT))  # cosine of a lean that is a fall
 
-        spec = mujoco.MjSpec.from_file(str(ASSET))
         self.elevation = terrain_height if self.uneven else 0.0
-        spec.hfield("terrain").size[2] = self.elevation or 1e-3
-        self.models = [spec.compile() for _ in range(num_envs)]  # one each: a height field belongs to a model
+        self.models = take_models(self.elevation, num_envs)  # one each: a height field belongs to a model
         self.batch = Batch(self.models[0], num_envs, threads)
         self.batch.set_models(self.models)
         self.qpos, self.qvel, self.torque = (self.batch.bind(field) for field in ("qpos", "qvel", "ctrl"))
@@ -320,6 +335,7 @@ class Ballbot(BatchEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         self.view.close()
+        SPARE.setdefault(self.elevation, []).extend(self.models)
 
 
 class BallbotDepth(Ballbot):

@@ -199,6 +199,22 @@ def test_the_batch_equals_a_plain_loop():
     assert len({*vec.terrain_seed.tolist()}) == 3
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"terrain": "flat"}, {"terrain_height": 0.15}])
+def test_models_of_a_closed_environment_are_used_again_and_play_the_same(kwargs, monkeypatch):
+    monkeypatch.setattr(ballbot, "SPARE", {})
+    first = Ballbot(3, training=False, **kwargs)
+    history = play(first, noisy(3), first.reset(seed=5)[0], 60)
+    play(first, noisy(3), first.reset(seed=6)[0], 60)  # which leaves other grounds
+    first.close()
+    unlike, again = Ballbot(3, terrain_height=0.2), Ballbot(4, training=False, **kwargs)
+    assert not {*map(id, first.models)} & {*map(id, unlike.models)}
+    assert {*map(id, first.models)} < {*map(id, again.models)}
+    assert len({*map(id, again.models)}) == 4
+    theirs = play(again, noisy(4), again.reset(seed=5)[0], 60)
+    for ours, other in zip(history, theirs):
+        np.testing.assert_array_equal(other[:, :3], ours)
+
+
 # The ground
 
 
