@@ -552,6 +552,7 @@ def test_ranks_are_started_by_torchrun(monkeypatch):
     assert torchrun == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *plain]
     assert Path(plain[0]).name == "ppo_grid_socnav.py"
     assert plain[plain.index("--total-timesteps") + 1] == str(6 * 64 * 32)
+    assert plain[plain.index("--minibatch-size") + 1] == str(64 * 32 // 8)
     assert plain[plain.index("--threads") + 1] == "1"
 
 

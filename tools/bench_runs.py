@@ -161,15 +161,16 @@ def memory_rows(results: list[dict]) -> list[Row]:
 
 
 def scaling(num_envs: int, ranks: int, rollouts: int) -> dict[str, float]:
-    """Steps a second of wall clock in training; ranks 0 is one plain process.
+    """Steps a second of wall clock in training; ranks 0 is one plain process. A minibatch is an eighth of a rollout, as
+    in the defaults: with more environments each gradient step has more to do, not the rollout more steps.
 
     Raises:
         UserError: the run failed.
     """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     steps = (WARM_UP + 1 + rollouts) * num_envs * 32  # one rollout more: the last ends with an evaluation
-    line = f"ppo_grid_socnav.py --num-envs {num_envs} --num-steps 32 --total-timesteps {steps} --threads 1"
-    rest = "--eval-every 0 --eval-episodes 1 --checkpoint-every 0 --run-name bench"
+    line = f"ppo_grid_socnav.py --num-envs {num_envs} --num-steps 32 --minibatch-size {4 * num_envs} --threads 1"
+    rest = f"--total-timesteps {steps} --eval-every 0 --eval-episodes 1 --checkpoint-every 0 --run-name bench"
     with tempfile.TemporaryDirectory() as folder:
         with started([*launch, *command_of(f"{line} {rest}", folder)], folder) as process:
             if process.wait() != 0:
