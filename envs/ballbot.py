@@ -104,7 +104,7 @@ SPARE: dict[float, list[mujoco.MjModel]] = {}
 
 
 def take_models(elevation: float, count: int) -> list[mujoco.MjModel]:
-    """Models with a height field up to `elevation` (m; 0 for flat ground), whose heights may be those of earlier use."""
+    """Models with a height field up to `elevation` (m; 0 for flat ground); its heights may be old ones."""
     spare, models = SPARE.setdefault(elevation, []), []
     while spare and len(models) < count:
         models.append(spare.pop())
