@@ -160,10 +160,9 @@ def own(x: Tensor, dim: int = 0) -> Tensor:
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean over the processes, the same to the last bit in all of them."""
-    if count() > 1:
-        exchange(dist.all_reduce, x)
-    return x / count()
+    """The mean over the processes, the same to the last bit in all of them. With the small vectors of these networks
+    what counts is how often processes wait for each other: gloo's all_reduce takes three times as long."""
+    return joined(x[None]).mean(0)
 
 
 def exchange(collective: Callable, *args: Any) -> None:
