@@ -121,10 +121,15 @@ class SO101Paper(BatchEnv):
         num_envs, training, split, render_mode: as in BatchEnv.
         frame_margin: m between sheet and tape on each side when the sheet is centred.
         randomize: vary friction between episodes; the published task (training=False) always does.
+        paper_friction: factor of the table's friction on the sheet, on top of its variation.
+        link_mass: factor of the masses and inertias of the arm's links.
+        action_delay: steps by which every action comes late.
+        position_noise: standard deviation, m, of sheet and end effector as observed.
+        angle_noise: standard deviation, rad, of the joints' positions and the sheet's yaw as observed.
         threads: CPU threads of the simulator; the result does not depend on it.
 
     Raises:
-        ValueError: frame_margin is not between 0 and 1, or threads is below 1.
+        ValueError: a value out of its range.
     """
 
     metadata: ClassVar = {**BatchEnv.metadata, "render_fps": 30}
@@ -138,10 +143,23 @@ class SO101Paper(BatchEnv):
         render_mode: str | None = None,
         frame_margin: float = 0.02,
         randomize: bool = True,
+        paper_friction: float = 1.0,
+        link_mass: float = 1.0,
+        action_delay: int = 0,
+        position_noise: float = 0.0,
+        angle_noise: float = 0.0,
         threads: int = 1,
     ):
         if not 0 < frame_margin < 1:
             raise ValueError(f"frame_margin must be above 0 and below 1 m, not {frame_margin}")
+        for name, factor in (("paper_friction", paper_friction), ("link_mass", link_mass)):
+            if not 0 < factor <= 10:
+                raise ValueError(f"{name} must be above 0 and at most 10, not {factor}")
+        for name, deviation in (("position_noise", position_noise), ("angle_noise", angle_noise)):
+            if not 0 <= deviation <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, not {deviation}")
+        if not 0 <= action_delay < MAX_EPISODE_STEPS:
+            raise ValueError(f"action_delay must be 0 or more and below {MAX_EPISODE_STEPS}, not {action_delay}")
         if threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
         observation_space = gym.spaces.Box(-OBS_HIGH, OBS_HIGH, dtype=np.float32)
@@ -152,8 +170,10 @@ class SO101Paper(BatchEnv):
 
         self.model = mujoco.MjModel.from_xml_path(str(ASSET))
         self._lay_tape()
+        if link_mass != 1:
+            self._weigh(link_mass)
         self.joint_low, self.joint_high = self.model.jnt_range[ARM].T
-        self.sheet_frictionloss = self.model.dof_frictionloss[SHEET].copy()
+        self.sheet_frictionloss, self.paper_friction = self.model.dof_frictionloss[SHEET].copy(), paper_friction
         self.fingertips = [self.model.geom(f"{finger}_fingertip").id for finger in ("fixed", "moving")]
         self.ready_target = READY + self._gravity_torque(READY) / self.model.actuator_gainprm[:, 0]
 
@@ -162,6 +182,9 @@ class SO101Paper(BatchEnv):
         self.tip = self.batch.site("end_effector").xpos
         self.frictionloss, self.friction = self.batch.expand("dof_frictionloss"), self.batch.expand("geom_friction")
         self.steps_inside, self.potential = np.zeros(num_envs, np.int64), np.zeros(num_envs)
+        self.deviation = np.repeat([angle_noise, position_noise, angle_noise, position_noise], [6, 2, 1, 3])
+        self.noise = np.zeros((num_envs, 12))  # on the joints, the sheet's x, y and yaw, and the end effector
+        self.coming = np.zeros((num_envs, action_delay, 6))  # actions that are still to come
         self.view = View("table", self.metadata["render_fps"])
 
     def start(self, rows: np.ndarray) -> None:
@@ -173,19 +196,32 @@ class SO101Paper(BatchEnv):
                 offset = rng.uniform(-MAX_OFFSET, MAX_OFFSET)
             self.qpos[i, SHEET] = *(GOAL + offset), rng.uniform(-MAX_YAW, MAX_YAW)
             table, tip = (rng.uniform(*TABLE_RANGE), rng.uniform(*TIP_RANGE)) if self.randomize else (1.0, 1.0)
+            table *= self.paper_friction
             self.frictionloss[i, SHEET] = table * self.sheet_frictionloss
-            self.friction[i, self.fingertips, 0] = tip * TIP_FRICTION - table * TABLE_FRICTION
+            self.friction[i, self.fingertips, 0] = max(0, tip * TIP_FRICTION - table * TABLE_FRICTION)
+        self._disturb(rows)
+        self.coming[rows] = 0
         self.qpos[rows, ARM], self.target[rows] = READY, self.ready_target
         self.batch.forward(rows, stage=mujoco.mjtStage.mjSTAGE_POS)
         self.steps_inside[rows] = 0
         self.potential[rows] = self._potential(self._overhang())[rows]
 
+    def _disturb(self, rows: np.ndarray) -> None:
+        """New noise for the observation that comes next."""
+        if self.deviation.any():
+            for i in rows:
+                self.noise[i] = self.rngs[i].normal(0, self.deviation)
+
     def advance(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        if self.coming.size:
+            late = np.concatenate([self.coming, action[:, None]], axis=1)
+            action, self.coming[:] = late[:, 0], late[:, 1:]
         joints = self.qpos[:, ARM]
         target = np.clip(self.target + action, joints - LEASH, joints + LEASH)
         self.target[:] = np.clip(target, self.joint_low, self.joint_high)
         # stage: also compute the positions of the state reached, where mj_step leaves them one substep behind
         self.batch.step(nstep=SUBSTEPS, stage=mujoco.mjtStage.mjSTAGE_POS)
+        self._disturb(np.arange(self.num_envs))
 
         overhang = self._overhang()
         self.steps_inside[:] = np.where((overhang <= 0).all(1), self.steps_inside + 1, 0)
@@ -201,11 +237,13 @@ class SO101Paper(BatchEnv):
         return reward, success, metrics
 
     def observe(self, rows: np.ndarray) -> np.ndarray:
-        x, y, yaw = self.qpos[rows, SHEET].T
+        noise = self.noise[rows]
+        x, y, yaw = (self.qpos[rows, SHEET] + noise[:, SHEET]).T
         z = np.zeros_like(x)
         quaternion = (np.cos(yaw / 2), z, z, np.sin(yaw / 2))
         sheet = np.stack([x, y, z, *quaternion, GOAL[0] - x, GOAL[1] - y, z], axis=1)
-        obs = np.concatenate([self.qpos[rows, ARM], self.qvel[rows, ARM], sheet, self.tip[rows]], axis=1)
+        joints, tip = self.qpos[rows, ARM] + noise[:, ARM], self.tip[rows] + noise[:, 9:]
+        obs = np.concatenate([joints, self.qvel[rows, ARM], sheet, tip], axis=1)
         return obs.clip(-OBS_HIGH, OBS_HIGH).astype(np.float32)
 
     def _overhang(self) -> np.ndarray:
@@ -227,6 +265,13 @@ class SO101Paper(BatchEnv):
         mujoco.mj_forward(self.model, data)
         return data.qfrc_bias[ARM].copy()
 
+    def _weigh(self, factor: float) -> None:
+        """Makes the arm's links heavier or lighter."""
+        links = self.model.jnt_bodyid[ARM]
+        self.model.body_mass[links] *= factor
+        self.model.body_inertia[links] *= factor
+        mujoco.mj_setConst(self.model, mujoco.MjData(self.model))
+
     def _lay_tape(self) -> None:
         """Four strips, 1 cm wide, around the opening."""
         (x, y), width = self.half_frame, 0.005
@@ -246,6 +291,8 @@ class SO101Paper(BatchEnv):
             "friction": self.friction,
             "steps_inside": self.steps_inside,
             "potential": self.potential,
+            **({"noise": self.noise} if self.deviation.any() else {}),
+            **({"coming": self.coming} if self.coming.size else {}),
         }
 
     def require_snapshot(self, state: Any) -> None:

@@ -386,6 +386,77 @@ def test_a_snapshot_remembers_the_steps_inside():
     assert [fresh.step(still(1))[2][0] for _ in range(2)] == [False, True]
 
 
+# Disturbances
+
+
+def test_friction_of_the_paper_by_hand():
+    plain, rough = (SO101Paper(4, training=False, paper_friction=x) for x in (1.0, 1.5))
+    for vec in (plain, rough):
+        vec.reset(seed=3)
+    np.testing.assert_allclose(rough.frictionloss[:, 6:9], 1.5 * plain.frictionloss[:, 6:9])
+    (table, tip), fingers = friction_factors(plain), rough.friction[:, rough.fingertips, 0]
+    np.testing.assert_allclose(fingers, np.repeat((1.3 * tip - 1.5 * 0.6 * table)[:, None], 2, axis=1))
+    slippery = SO101Paper(4, training=False, paper_friction=5.0)  # the table would hold more than a finger can move
+    slippery.reset(seed=3)
+    assert (slippery.friction[:, slippery.fingertips, 0] == 0).all()
+
+
+def test_heavier_links_weigh_more_and_still_rest_in_the_pose():
+    plain, heavy = SO101Paper(1), SO101Paper(1, link_mass=1.5)
+    np.testing.assert_allclose(heavy._gravity_torque(READY), 1.5 * plain._gravity_torque(READY))
+    assert heavy.model.body("paper").mass == plain.model.body("paper").mass
+    heavy.reset(seed=0)
+    for _ in range(60):
+        heavy.step(still(1))
+    assert np.abs(heavy.qpos[:, :6] - READY).max() < 1e-4
+
+
+def test_a_delayed_action_is_the_action_of_steps_before():
+    actions = np.random.default_rng(0).uniform(-0.01, 0.01, (20, 2, 6)).astype(np.float32)
+    plain, late = SO101Paper(2), SO101Paper(2, action_delay=2)
+    for vec in (plain, late):
+        vec.reset(seed=1)
+    for t, action in enumerate(actions):
+        obs = plain.step(actions[t - 2] if t >= 2 else still(2))[0]
+        np.testing.assert_array_equal(late.step(action)[0], obs)
+    assert late.coming.any()
+    late.reset(options={"reset_mask": np.array([True, False])})
+    assert [row.any() for row in late.coming] == [False, True]
+
+
+def test_noise_is_on_what_is_observed_alone():
+    plain, noisy = SO101Paper(64), SO101Paper(64, position_noise=0.001, angle_noise=0.01)
+    first = [vec.reset(seed=1)[0] for vec in (plain, noisy)]
+    second = [vec.step(still(64))[0] for vec in (plain, noisy)]
+    np.testing.assert_array_equal(noisy.qpos, plain.qpos)
+    for without, with_noise in (first, second):
+        error = with_noise.astype(float) - without
+        assert error[:, :6].std() == pytest.approx(0.01, rel=0.15)
+        assert error[:, [12, 13, 22, 23, 24]].std() == pytest.approx(0.001, rel=0.15)
+        yaw = 2 * np.arctan2(with_noise[:, 18], with_noise[:, 15]) - 2 * np.arctan2(without[:, 18], without[:, 15])
+        assert yaw.std() == pytest.approx(0.01, rel=0.3)
+        np.testing.assert_allclose(error[:, 19:21], -error[:, 12:14], atol=1e-7)  # the goal as seen from the sheet
+        assert not error[:, [*range(6, 12), 14, 16, 17, 21]].any()
+    assert np.abs(second[1] - first[1])[:, :6].min() > 0  # drawn anew
+
+
+def test_disturbed_rows_are_those_of_single_environments_and_of_snapshots():
+    disturbed = {"position_noise": 0.001, "angle_noise": 0.01, "action_delay": 1}
+    vec = SO101Paper(3, **disturbed)
+    obs, _ = vec.reset(seed=[[7, i] for i in range(3)])
+    obs = play(vec, noisy_ik(3), obs, 30)[0][-1]
+    snapshot = vec.state_dict()
+    expected = play(vec, noisy_ik(3, seed=1), obs, 60)
+    other = SO101Paper(3, **disturbed)
+    np.testing.assert_array_equal(other.load_state_dict(snapshot), obs)
+    for one, two in zip(expected, play(other, noisy_ik(3, seed=1), obs, 60), strict=True):
+        np.testing.assert_array_equal(one, two)
+    alone = SO101Paper(1, **disturbed)
+    alone.reset(seed=[[7, 0]])
+    first = SO101Paper(3, **disturbed).reset(seed=[[7, i] for i in range(3)])[0]
+    np.testing.assert_array_equal(alone.reset(seed=[[7, 0]])[0][0], first[0])
+
+
 # The base policy
 
 
@@ -462,6 +533,11 @@ def test_gymnasium_makes_both_kinds():
         ({"split": "tset"}, "split must be one of train, validation, test"),
         ({"render_mode": "ascii"}, "render_mode must be one of rgb_array, human"),
         ({"frame_margin": 0.0}, "frame_margin must be above 0"),
+        ({"paper_friction": 0.0}, "paper_friction must be above 0 and at most 10, not 0.0"),
+        ({"link_mass": float("nan")}, "link_mass must be above 0"),
+        ({"action_delay": -1}, "action_delay must be 0 or more and below 400, not -1"),
+        ({"position_noise": -0.1}, "position_noise must be between 0 and 1"),
+        ({"angle_noise": float("inf")}, "angle_noise must be between 0 and 1"),
         ({"frame_margin": -0.02}, "frame_margin must be above 0"),
         ({"frame_margin": 20.0}, "below 1 m"),
         ({"frame_margin": float("nan")}, "frame_margin must be above 0"),
