@@ -813,13 +813,13 @@ def train(args: Args) -> dict:
         return record.finish(epoch, best)
 
 
+@command.command_line()
 def main() -> None:
-    with command.command_line():
-        commands = {"collect": CollectArgs, "validate": ValidateArgs, "inspect": InspectArgs, "train": Args}
-        args = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-        does = {CollectArgs: collect, ValidateArgs: validate, InspectArgs: inspect, Args: train}
-        if does[type(args)](args) is False:
-            sys.exit(1)
+    commands = {"collect": CollectArgs, "validate": ValidateArgs, "inspect": InspectArgs, "train": Args}
+    args = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    does = {CollectArgs: collect, ValidateArgs: validate, InspectArgs: inspect, Args: train}
+    if does[type(args)](args) is False:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -516,10 +516,10 @@ def evaluate(args: Args) -> dict:
     return rollout.measure(Deployed(agent), None, args)
 
 
+@command.command_line()
 def main() -> None:
-    with command.command_line():
-        args = command.parse(Args, Args.tuned)
-        evaluate(args) if args.evaluate is not None else train(args)
+    args = command.parse(Args, Args.tuned)
+    evaluate(args) if args.evaluate is not None else train(args)
 
 
 if __name__ == "__main__":

@@ -750,10 +750,10 @@ def evaluate(args: Args) -> dict:
     return rollout.measure(Deployed(agent), None, args)
 
 
+@command.command_line(processes=True)
 def main() -> None:
-    with command.command_line(processes=True):
-        args = command.parse(Args, Args.tuned)
-        evaluate(args) if args.evaluate is not None else train(args)
+    args = command.parse(Args, Args.tuned)
+    evaluate(args) if args.evaluate is not None else train(args)
 
 
 if __name__ == "__main__":

@@ -532,10 +532,10 @@ def evaluate(args: Args) -> dict:
     return rollout.measure(Corrected(agent, base_policy, args, vec.single_action_space), base_policy, args)
 
 
+@command.command_line()
 def main() -> None:
-    with command.command_line():
-        args = command.parse(Args, Args.tuned, with_policy=("base_policy", "alpha", "act_scale"))
-        evaluate(args) if args.evaluate is not None else train(args)
+    args = command.parse(Args, Args.tuned, with_policy=("base_policy", "alpha", "act_scale"))
+    evaluate(args) if args.evaluate is not None else train(args)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """The command line: flags and where their values come from, what cannot work, signals, one-line errors."""
 
-import contextlib
+import functools
 import importlib.util
 import inspect
 import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -56,31 +56,43 @@ USED_BY_EVALUATE = (
 )
 
 
-@contextlib.contextmanager
-def command_line(processes: bool = False) -> Iterator[None]:
-    """What main() stands in. SIGINT, SIGTERM and SIGUSR1 raise Interrupted and exit with 130, 143 and 138; a user's
+def command_line(processes: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator for main(). SIGINT, SIGTERM and SIGUSR1 raise Interrupted and exit with 130, 143 and 138; a user's
     mistake ends in one line and status 2, numbers that are not finite in one line and status 1.
 
     processes: whether torchrun may start several of this script.
     """
-    signals.catch()
-    try:
-        if started_together() > 1 and not processes:
-            raise UserError(f"{Path(sys.argv[0]).name} trains in one process; start it without torchrun")
-        yield
-        signals.let()
-    except (UserError, OSError, FloatingPointError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
-    except Interrupted as interrupted:
-        print(f"{interrupted}: stopped", file=sys.stderr)
-        sys.exit(128 + interrupted.signum)
-    except Exception:
-        if signals.came is None:  # or else a library made an error of its own out of Interrupted
-            raise
-        sys.exit(128 + signals.came)
-    finally:
-        signals.leave()
+
+    def decorate(main: Callable[..., None]) -> Callable[..., None]:
+        # No context manager: a signal that comes when its __exit__ is called would be outside of all that handles it
+        @functools.wraps(main)
+        def guarded(*args: Any) -> None:
+            signals.catch()
+            try:
+                signals.let()
+                if started_together() > 1 and not processes:
+                    raise UserError(f"{Path(sys.argv[0]).name} trains in one process; start it without torchrun")
+                main(*args)
+                signals.let()
+            except (UserError, OSError, FloatingPointError) as error:
+                signals.held = True  # the program is on its way out
+                print(f"\nerror: {error}", file=sys.stderr)
+                sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+            except Interrupted as interrupted:
+                signals.held = True
+                print(f"{interrupted}: stopped", file=sys.stderr)
+                sys.exit(128 + interrupted.signum)
+            except Exception:
+                if signals.came is None:  # or else a library made an error of its own out of Interrupted
+                    raise
+                sys.exit(128 + signals.came)
+            finally:
+                signals.held = True
+                signals.leave()
+
+        return guarded
+
+    return decorate
 
 
 def started_together() -> int:

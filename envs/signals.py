@@ -34,8 +34,8 @@ class Signals:
         self.held = False
 
     def catch(self) -> None:
-        """From now on signals come here; only in the main thread."""
-        self.came, self.held = None, False
+        """From now on signals come here, and are held; only in the main thread."""
+        self.came, self.held = None, True
         for s in SIGNALS:
             signal.signal(s, self._arrived)
         if ALARM is not None:

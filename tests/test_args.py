@@ -1,7 +1,6 @@
 """The settings: each explained and used, and the order in which they override; and the house rules of the code."""
 
 import ast
-import contextlib
 import dataclasses
 import importlib
 import json
@@ -165,11 +164,10 @@ def parse(monkeypatch):
     def parse(*argv, script=ppo):
         taken = []
         monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *argv])
-        monkeypatch.setattr(command, "command_line", lambda **kwargs: contextlib.nullcontext())
         monkeypatch.setattr(script, "train", taken.append)
         monkeypatch.setattr(script, "evaluate", taken.append, raising=False)
         monkeypatch.setattr(script, "collect", lambda *args: taken.append(*args))
-        script.main()
+        script.main.__wrapped__()
         return taken[0]
 
     return parse

@@ -24,8 +24,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import bc_pretrain
 import ppo_residual
+from envs import command as commands
 from envs import demonstrations, files, rollout, run
+from envs import signals as envs_signals
 from envs.command import command_line
+from envs.files import UserError
 from envs.signals import SIGNALS
 
 SCRIPT = ppo_residual
@@ -379,6 +382,56 @@ def test_a_signal_that_was_swallowed_comes_again(monkeypatch):
         came.append("unheard")
 
     assert status_of(program) == (143, ["swallowed by Python", "swallowed by a library"])
+
+
+def mistaken():
+    raise UserError("a mistake")
+
+
+def infinite():
+    raise FloatingPointError("infinite")
+
+
+@pytest.mark.parametrize(("program", "status"), [(int, 0), (mistaken, 2), (infinite, 1), (sys.exit, 0)])
+def test_a_signal_at_any_call_around_a_program_ends_it_in_order(program, status, monkeypatch):
+    """Python hears signals when a function begins or has returned. Wherever that is in the code that catches them,
+    tells mistakes and lets go, the end is that of the program, that of the signal or, before and after, what signals do
+    by themselves."""
+    around, by_default = {module.__file__ for module in (commands, envs_signals, contextlib)}, []
+    monkeypatch.setattr(signal, "SIG_DFL", lambda signum, frame: by_default.append(signum))
+
+    def end_of(moment):
+        """How it ends if the signal comes at this one of the calls and returns, and how many there were."""
+        calls, code = 0, 0
+
+        def profile(frame, event, arg):
+            nonlocal calls
+            if frame.f_code.co_filename in around:
+                calls += 1
+                if calls == moment:
+                    sys.setprofile(None)
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        guarded = command_line()(lambda: program())
+        sys.setprofile(profile)
+        try:
+            guarded()
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            sys.setprofile(None)
+        return code, calls
+
+    before = [signal.getsignal(s) for s in SIGNALS]
+    try:
+        _, calls = end_of(0)
+        codes = [end_of(moment)[0] for moment in range(1, calls + 1)]
+    finally:
+        for s, handler in zip(SIGNALS, before):
+            signal.signal(s, handler)
+    assert {*codes} == {status, 143}
+    assert 0 < len(by_default) < calls
 
 
 def test_a_second_signal_does_not_cut_short_what_the_first_one_began():

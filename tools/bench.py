@@ -55,13 +55,13 @@ def bench_report(args: Report) -> None:
     print(table([row for kind, rows in ROWS.items() for row in rows(found[kind])], results))
 
 
+@command.command_line()
 def main() -> None:
-    with command.command_line():
-        args = tyro.cli(Envs | Memory | Ppo | Report | Scaling, description=__doc__)
-        benches: dict[type, Callable] = {
-            Envs: bench_envs, Memory: bench_memory, Ppo: bench_ppo, Report: bench_report, Scaling: bench_scaling
-        }  # fmt: skip
-        benches[type(args)](args)
+    args = tyro.cli(Envs | Memory | Ppo | Report | Scaling, description=__doc__)
+    benches: dict[type, Callable] = {
+        Envs: bench_envs, Memory: bench_memory, Ppo: bench_ppo, Report: bench_report, Scaling: bench_scaling
+    }  # fmt: skip
+    benches[type(args)](args)
 
 
 if __name__ == "__main__":

@@ -419,29 +419,29 @@ def check(args: Args) -> None:
         raise UserError(f"--window must be at least 1, not {args.window}")
 
 
+@command_line()
 def main() -> None:
-    with command_line():
-        args = tyro.cli(Args, description=__doc__)
-        check(args)
-        if args.runs:
-            runs = [read_run(path) for path in args.runs]
-            print(f"{table(runs)}\n\n{origin(runs)}")
-            if args.png is not None:
-                draw({"evaluation": runs}, Path(args.png), args.training)
-            return
-        baseline, pretrained = ([read_run(path) for path in paths] for paths in (args.baseline, args.pretrained))
-        found = compare(baseline, pretrained, args)
-        text = f"{describe(found)}\n\n{origin([*baseline, *pretrained])}"
-        print(text)
-        arms = {"from scratch": baseline, "from the clone": pretrained}
+    args = tyro.cli(Args, description=__doc__)
+    check(args)
+    if args.runs:
+        runs = [read_run(path) for path in args.runs]
+        print(f"{table(runs)}\n\n{origin(runs)}")
         if args.png is not None:
-            draw(arms, Path(args.png), with_training=False)
-        if args.group is not None:
-            folder = Path(args.run_root) / "comparisons"
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / f"{args.group}.json", found)
-            write_whole(folder / f"{args.group}.md", f"# {args.group}\n\n{text}\n".encode())
-            draw(arms, folder / f"{args.group}.png", with_training=False)
+            draw({"evaluation": runs}, Path(args.png), args.training)
+        return
+    baseline, pretrained = ([read_run(path) for path in paths] for paths in (args.baseline, args.pretrained))
+    found = compare(baseline, pretrained, args)
+    text = f"{describe(found)}\n\n{origin([*baseline, *pretrained])}"
+    print(text)
+    arms = {"from scratch": baseline, "from the clone": pretrained}
+    if args.png is not None:
+        draw(arms, Path(args.png), with_training=False)
+    if args.group is not None:
+        folder = Path(args.run_root) / "comparisons"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{args.group}.json", found)
+        write_whole(folder / f"{args.group}.md", f"# {args.group}\n\n{text}\n".encode())
+        draw(arms, folder / f"{args.group}.png", with_training=False)
 
 
 if __name__ == "__main__":

@@ -143,15 +143,15 @@ def play(args: Args) -> bytes:
     return encode(film.frames, film.durations, args.colors)
 
 
+@command.command_line()
 def main() -> None:
-    with command.command_line():
-        args = tyro.cli(Args, description=__doc__)
-        path = Path(args.output)
-        if path.suffix != ".gif" or not path.parent.is_dir():
-            raise UserError(f"--output {path}: give a file's name that ends in .gif, in an existing folder")
-        content = play(args)
-        run.write_whole(path, content)
-        print(f"{path}: {len(content) / 1000:.0f} kB")
+    args = tyro.cli(Args, description=__doc__)
+    path = Path(args.output)
+    if path.suffix != ".gif" or not path.parent.is_dir():
+        raise UserError(f"--output {path}: give a file's name that ends in .gif, in an existing folder")
+    content = play(args)
+    run.write_whole(path, content)
+    print(f"{path}: {len(content) / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -303,22 +303,22 @@ def step_response(network: Network, v: float, size: float = 0.2, steps: int = 60
     return ((y[0, steps:] - y[0, steps - 1]) / size).numpy()
 
 
+@command_line()
 def main() -> None:
-    with command_line():
-        args = tyro.cli(Args, description=__doc__)
-        path = Path(args.output)
-        if not path.parent.is_dir():
-            raise UserError(f"{path.parent}: no such folder; choose another --output")
-        if args.cars * (args.steps - CONTEXT) < 2 * args.batch_size:
-            raise UserError("fewer samples than two batches; more --cars or --steps, or a smaller --batch-size")
-        torch.set_num_threads(args.threads)
-        torch.manual_seed(args.seed)
-        begin = time.perf_counter()
-        data = drive(args, np.random.default_rng([args.seed, 0]), wild=True)
-        network = train(args, data)
-        export(network, path)
-        print(f"{path} from {len(data[0])} samples in {time.perf_counter() - begin:.0f} s")
-        report(path, network, drive(args, np.random.default_rng([args.seed, 1]), wild=False))
+    args = tyro.cli(Args, description=__doc__)
+    path = Path(args.output)
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder; choose another --output")
+    if args.cars * (args.steps - CONTEXT) < 2 * args.batch_size:
+        raise UserError("fewer samples than two batches; more --cars or --steps, or a smaller --batch-size")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    begin = time.perf_counter()
+    data = drive(args, np.random.default_rng([args.seed, 0]), wild=True)
+    network = train(args, data)
+    export(network, path)
+    print(f"{path} from {len(data[0])} samples in {time.perf_counter() - begin:.0f} s")
+    report(path, network, drive(args, np.random.default_rng([args.seed, 1]), wild=False))
 
 
 if __name__ == "__main__":

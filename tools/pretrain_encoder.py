@@ -170,40 +170,38 @@ def train(args: Args, training: Tensor, validation: Tensor, writer: SummaryWrite
     return best, best_error
 
 
+@command_line()
 def main() -> None:
-    with command_line():
-        args = tyro.cli(Args, description=__doc__)
-        path = Path(args.output)
-        for name in ("frames", "num_envs", "epochs", "patience", "batch_size", "threads"):
-            if getattr(args, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-        if args.batch_size < 2:
-            raise UserError("--batch-size must be at least 2, which batch normalisation needs")
-        if not args.learning_rate > 0:
-            raise UserError(f"--learning-rate must be above 0, not {args.learning_rate}")
-        if path.suffix != ".pt" or path.is_dir():
-            raise UserError(f"--output must be a file that ends in .pt, not {path}")
-        if args.num_envs < 5:
-            raise UserError("--num-envs must be at least 5, of which 4 train and 1 validates")
-        if args.depth_size < 4 or args.depth_size % 4:
-            raise UserError(f"--depth-size must be a multiple of 4, not {args.depth_size}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.set_num_threads(args.threads)
-        torch.manual_seed(args.seed)
+    args = tyro.cli(Args, description=__doc__)
+    path = Path(args.output)
+    for name in ("frames", "num_envs", "epochs", "patience", "batch_size", "threads"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.batch_size < 2:
+        raise UserError("--batch-size must be at least 2, which batch normalisation needs")
+    if not args.learning_rate > 0:
+        raise UserError(f"--learning-rate must be above 0, not {args.learning_rate}")
+    if path.suffix != ".pt" or path.is_dir():
+        raise UserError(f"--output must be a file that ends in .pt, not {path}")
+    if args.num_envs < 5:
+        raise UserError("--num-envs must be at least 5, of which 4 train and 1 validates")
+    if args.depth_size < 4 or args.depth_size % 4:
+        raise UserError(f"--depth-size must be a multiple of 4, not {args.depth_size}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
 
-        begin = time.perf_counter()
-        training, validation = collect(args)
-        print(f"{len(training)} + {len(validation)} images in {time.perf_counter() - begin:.0f} s", flush=True)
-        with SummaryWriter(path.with_suffix("")) as writer:
-            autoencoder, error = train(args, training, validation, writer)
-        mean = (validation - training.mean(0)).square().mean().sqrt().item()
-        about = {"rmse": error, "rmse_of_mean_image": mean, "frames": len(training) + len(validation)}
-        save_encoder(path, autoencoder.encoder, **about, seed=args.seed)
-        took = time.perf_counter() - begin
-        print(
-            f"{path}: RMSE {1000 * error:.1f} mm on images of other episodes; the mean image has {1000 * mean:.1f} mm"
-        )
-        print(f"{took:.0f} s; use it with --env-id BallbotDepth-v0 --env-kwargs encoder {path}")
+    begin = time.perf_counter()
+    training, validation = collect(args)
+    print(f"{len(training)} + {len(validation)} images in {time.perf_counter() - begin:.0f} s", flush=True)
+    with SummaryWriter(path.with_suffix("")) as writer:
+        autoencoder, error = train(args, training, validation, writer)
+    mean = (validation - training.mean(0)).square().mean().sqrt().item()
+    about = {"rmse": error, "rmse_of_mean_image": mean, "frames": len(training) + len(validation)}
+    save_encoder(path, autoencoder.encoder, **about, seed=args.seed)
+    took = time.perf_counter() - begin
+    print(f"{path}: RMSE {1000 * error:.1f} mm on images of other episodes; the mean image has {1000 * mean:.1f} mm")
+    print(f"{took:.0f} s; use it with --env-id BallbotDepth-v0 --env-kwargs encoder {path}")
 
 
 if __name__ == "__main__":

@@ -429,9 +429,9 @@ def tune(args: Args) -> Any | None:
     return best_of(study, sweep)
 
 
+@command.command_line()
 def main() -> None:
-    with command.command_line():
-        tune(tyro.cli(Args, description=__doc__))
+    tune(tyro.cli(Args, description=__doc__))
 
 
 if __name__ == "__main__":
