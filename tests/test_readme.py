@@ -109,10 +109,15 @@ import _thread, json, pathlib, sys, threading, time, types
 
 
 def interrupt():
-    progress = pathlib.Path("runs/notebook/progress.csv")
-    while not progress.exists():
-        time.sleep(0.05)
-    _thread.interrupt_main()
+    # Python drops an interruption that comes in a destructor: a person whose training goes on presses again
+    progress, seen = pathlib.Path("runs/notebook/progress.csv"), 0
+    while "stopped" not in globals():
+        size = progress.stat().st_size if progress.exists() else 0
+        if size > seen:
+            _thread.interrupt_main()
+            time.sleep(0.3)
+        seen = size
+        time.sleep(0.02)
 
 
 names, shown = {}, []
@@ -138,7 +143,7 @@ def test_the_cells_of_the_notebook_work(tmp_path):
     section = README[README.index("### In a notebook") :]
     cells = [cell for cell in re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)][:4]
     assert "train(args)" in cells[0]
-    cells[0] = cells[0].replace("total_timesteps=128_000", "total_timesteps=25_600, eval_episodes=10")
+    cells[0] = cells[0].replace("total_timesteps=128_000", "total_timesteps=51_200, eval_episodes=10")
     shell = 'import subprocess, sys; subprocess.run([sys.executable, *"\\1".split()], check=True)'
     cells = [re.sub(r"^!python (.*)$", shell, cell, flags=re.MULTILINE) for cell in cells]
     (tmp_path / "tools").symlink_to(ROOT / "tools")
@@ -149,14 +154,14 @@ def test_the_cells_of_the_notebook_work(tmp_path):
     told = json.loads(done.stdout.splitlines()[-1])
     assert (tmp_path / "runs/notebook/interrupted.pt").exists()
     assert told["stopped"]["status"] == "interrupted"
-    assert 6_400 <= told["stopped"]["steps"] < 25_600
-    assert (told["summary"]["status"], told["summary"]["steps"]) == ("completed", 25_600)
+    assert 6_400 <= told["stopped"]["steps"] < 51_200
+    assert (told["summary"]["status"], told["summary"]["steps"]) == ("completed", 51_200)
     assert told["summary"]["resumed_from_step"] == told["stopped"]["steps"]
     assert (told["result"]["episodes"], told["result"]["policy"]) == (10, "runs/notebook")
     assert told["shown"] == ["GIF"]
     curve = np.array(told["curve"])
-    np.testing.assert_array_equal(curve[:, 0], [6_400, 12_800, 19_200, 25_600])
-    assert np.isfinite(curve[:, 1]).tolist() == [False, True, False, True]
+    np.testing.assert_array_equal(curve[:, 0], np.arange(6_400, 51_201, 6_400))
+    assert np.isfinite(curve[:, 1]).tolist() == [False, True] * 4
 
 
 # CONTRIBUTING.md
