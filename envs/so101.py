@@ -25,6 +25,7 @@ MIN_OFFSET = 0.06  # m: ... but no nearer than this
 MAX_YAW = 0.3  # rad
 TABLE_FRICTION, TIP_FRICTION = 0.6, 1.3  # of the sheet on the table, of a fingertip on the sheet
 TABLE_RANGE, TIP_RANGE = (0.8, 1.2), (0.85, 1.15)  # randomisation: factors of the two
+SUCCESS_REWARD = 10.0
 HOLD_STEPS = 5  # consecutive steps inside the frame that make a success
 
 ARM, SHEET = slice(0, 6), slice(6, 9)  # in qpos: pan, lift, elbow, wrist flex, wrist roll, gripper; sheet x, y, yaw
@@ -95,6 +96,36 @@ class IK:
         return self.batch.jac(self.gripper, tip)[0][:, :, :4]
 
 
+def check(
+    frame_margin: float, threads: int, paper_friction: float, link_mass: float, action_delay: int,
+    position_noise: float, angle_noise: float,
+) -> None:  # fmt: skip
+    """Raises ValueError for a value out of its range."""
+    if not 0 < frame_margin < 1:
+        raise ValueError(f"frame_margin must be above 0 and below 1 m, not {frame_margin}")
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    for name, factor in (("paper_friction", paper_friction), ("link_mass", link_mass)):
+        if not 0 < factor <= 10:
+            raise ValueError(f"{name} must be above 0 and at most 10, not {factor}")
+    for name, deviation in (("position_noise", position_noise), ("angle_noise", angle_noise)):
+        if not 0 <= deviation <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, not {deviation}")
+    if not 0 <= action_delay < MAX_EPISODE_STEPS:
+        raise ValueError(f"action_delay must be 0 or more and below {MAX_EPISODE_STEPS}, not {action_delay}")
+
+
+def check_training(reach_weight: float, yaw_weight: float, success_reward: float, training_steps: int) -> None:
+    """Raises ValueError for a value out of its range."""
+    for name, weight in (("reach_weight", reach_weight), ("yaw_weight", yaw_weight)):
+        if not 0 <= weight < np.inf:
+            raise ValueError(f"{name} must be 0 or more, not {weight}")
+    if not np.isfinite(success_reward):
+        raise ValueError(f"success_reward must be finite, not {success_reward}")
+    if not 1 <= training_steps <= MAX_EPISODE_STEPS:
+        raise ValueError(f"training_steps must be between 1 and {MAX_EPISODE_STEPS}, not {training_steps}")
+
+
 class SO101Paper(BatchEnv):
     """An SO-101 arm drags an A5 sheet into a taped frame and must turn it until every corner lies inside.
 
@@ -110,7 +141,8 @@ class SO101Paper(BatchEnv):
     Training adds Phi(s') - Phi(s) with Phi = -5 reach - 30 overhang - 3 |yaw|: reach is the distance from end effector
     to sheet, overhang how far the sheet sticks out of its frame. Undiscounted it telescopes, but unlike
     gamma Phi' - Phi (Ng et al. 1999) it may shift the optimum: with a negative Phi, waiting pays. Judge by success,
-    not by the training return.
+    not by the training return. A policy without a base needs other weights: the way to the sheet must pay more, and
+    success, which is luck at first, less, or its noise drowns all else in the advantages.
 
     Idealised: the sheet is rigid and stays flat (x, y, yaw), the table's friction on it is that of its own weight and
     its limits in x, y and yaw are independent, since a finger passes its load through thin paper straight to the table,
@@ -121,6 +153,9 @@ class SO101Paper(BatchEnv):
         num_envs, training, split, render_mode: as in BatchEnv.
         frame_margin: m between sheet and tape on each side when the sheet is centred.
         randomize: vary friction between episodes; the published task (training=False) always does.
+        reach_weight, yaw_weight: of training only, those of Phi.
+        success_reward: of training only, instead of 10.
+        training_steps: of training only, the steps of an episode; fewer than 400 see more starts.
         paper_friction: factor of the table's friction on the sheet, on top of its variation.
         link_mass: factor of the masses and inertias of the arm's links.
         action_delay: steps by which every action comes late.
@@ -143,6 +178,10 @@ class SO101Paper(BatchEnv):
         render_mode: str | None = None,
         frame_margin: float = 0.02,
         randomize: bool = True,
+        reach_weight: float = 5.0,
+        yaw_weight: float = 3.0,
+        success_reward: float = SUCCESS_REWARD,
+        training_steps: int = MAX_EPISODE_STEPS,
         paper_friction: float = 1.0,
         link_mass: float = 1.0,
         action_delay: int = 0,
@@ -150,21 +189,14 @@ class SO101Paper(BatchEnv):
         angle_noise: float = 0.0,
         threads: int = 1,
     ):
-        if not 0 < frame_margin < 1:
-            raise ValueError(f"frame_margin must be above 0 and below 1 m, not {frame_margin}")
-        for name, factor in (("paper_friction", paper_friction), ("link_mass", link_mass)):
-            if not 0 < factor <= 10:
-                raise ValueError(f"{name} must be above 0 and at most 10, not {factor}")
-        for name, deviation in (("position_noise", position_noise), ("angle_noise", angle_noise)):
-            if not 0 <= deviation <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, not {deviation}")
-        if not 0 <= action_delay < MAX_EPISODE_STEPS:
-            raise ValueError(f"action_delay must be 0 or more and below {MAX_EPISODE_STEPS}, not {action_delay}")
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, not {threads}")
+        check(frame_margin, threads, paper_friction, link_mass, action_delay, position_noise, angle_noise)
+        check_training(reach_weight, yaw_weight, success_reward, training_steps)
         observation_space = gym.spaces.Box(-OBS_HIGH, OBS_HIGH, dtype=np.float32)
         action_space = gym.spaces.Box(-MAX_DELTA, MAX_DELTA, (6,), np.float32)
-        super().__init__(num_envs, observation_space, action_space, MAX_EPISODE_STEPS, training, split, render_mode)
+        steps = training_steps if training else MAX_EPISODE_STEPS
+        super().__init__(num_envs, observation_space, action_space, steps, training, split, render_mode)
+        self.reach_weight, self.yaw_weight = reach_weight, yaw_weight
+        self.success_reward = success_reward if training else SUCCESS_REWARD
         self.half_frame = HALF_SHEET + frame_margin
         self.randomize = randomize or not training
 
@@ -226,7 +258,7 @@ class SO101Paper(BatchEnv):
         overhang = self._overhang()
         self.steps_inside[:] = np.where((overhang <= 0).all(1), self.steps_inside + 1, 0)
         success = self.steps_inside >= HOLD_STEPS
-        reward = 10.0 * success - 0.01
+        reward = self.success_reward * success - 0.01
         if self.training:
             potential = self._potential(overhang)
             reward += potential - self.potential
@@ -256,7 +288,8 @@ class SO101Paper(BatchEnv):
     def _potential(self, overhang: np.ndarray) -> np.ndarray:
         """Phi of the training reward, (N,)."""
         reach = np.sqrt(np.square(self.tip[:, :2] - self.qpos[:, 6:8]).sum(1) + np.square(self.tip[:, 2]))
-        return -5 * reach - 30 * np.maximum(overhang, 0).sum(1) - 3 * np.abs(self.qpos[:, 8])
+        overhang, yaw = np.maximum(overhang, 0).sum(1), np.abs(self.qpos[:, 8])
+        return -self.reach_weight * reach - 30 * overhang - self.yaw_weight * yaw
 
     def _gravity_torque(self, joints: np.ndarray) -> np.ndarray:
         """Torque that holds the arm at rest, (6,), N m."""

@@ -178,6 +178,29 @@ def test_shaping_telescopes():
     assert not open_rows.any()
 
 
+def test_other_weights_are_of_training_alone():
+    other = {"reach_weight": 60.0, "yaw_weight": 9.0, "success_reward": 3.0, "training_steps": 3}
+    vec, published = (SO101Paper(2, training=training, **other) for training in (True, False))
+    for one in (vec, published):
+        obs, _ = one.reset(seed=0)
+        one.qpos[0, 6:9] = (*GOAL, 0)  # the sheet lies in its frame
+        one.steps_inside[0] = 3
+    before = vec.potential.copy()
+    reach = np.linalg.norm(obs[:, 22:25] - obs[:, 12:15], axis=1)
+    yaw = 2 * np.arctan2(obs[:, 18], obs[:, 15])
+    np.testing.assert_allclose(before, potential(obs) - 55 * reach - 6 * np.abs(yaw), atol=1e-4)
+    obs, reward, *_ = vec.step(still(2))
+    np.testing.assert_allclose(reward, vec.potential - before - 0.01, atol=1e-9)
+    _, reward, terminated, truncated, _ = vec.step(still(2))
+    assert (terminated.tolist(), truncated.tolist()) == ([True, False], [False, False])
+    assert reward[0] == pytest.approx(3 - 0.01, abs=0.02)  # and what the potential changed in a step of standing still
+    assert vec.step(still(2))[3].tolist() == [False, True]
+
+    rewards, _, truncated = zip(*(published.step(still(2))[1:4] for _ in range(3)))
+    np.testing.assert_allclose(rewards, [[-0.01, -0.01], [9.99, -0.01], [-0.01, -0.01]])
+    assert not np.any(truncated)
+
+
 def test_success_needs_every_corner_inside_for_five_steps():
     #         inside, too far in x, in y, turned too far, turned, turned and moved, moved as much without turning
     offset_x = [0.019, 0.021, 0.0, 0.0, 0.0, 0.006, 0.006]
@@ -535,6 +558,10 @@ def test_gymnasium_makes_both_kinds():
         ({"frame_margin": 0.0}, "frame_margin must be above 0"),
         ({"paper_friction": 0.0}, "paper_friction must be above 0 and at most 10, not 0.0"),
         ({"link_mass": float("nan")}, "link_mass must be above 0"),
+        ({"reach_weight": -1.0}, "reach_weight must be 0 or more, not -1.0"),
+        ({"yaw_weight": float("inf")}, "yaw_weight must be 0 or more"),
+        ({"success_reward": float("nan")}, "success_reward must be finite"),
+        ({"training_steps": 401}, "training_steps must be between 1 and 400, not 401"),
         ({"action_delay": -1}, "action_delay must be 0 or more and below 400, not -1"),
         ({"position_noise": -0.1}, "position_noise must be between 0 and 1"),
         ({"angle_noise": float("inf")}, "angle_noise must be between 0 and 1"),
