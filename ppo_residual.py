@@ -155,9 +155,10 @@ class Args:
     """with --evaluate: watch it in a window"""
 
     @classmethod
-    def tuned(cls, base_policy: str = "ik", **overrides: Any) -> "Args":
-        """The settings tuned for a base policy, as the command line takes them; overrides win."""
-        return cls(**{"base_policy": base_policy, **TUNED.get(base_policy, {}), **overrides})
+    def tuned(cls, base_policy: str = "ik", env_id: str = "SO101Paper-v0", **overrides: Any) -> "Args":
+        """The settings tuned for a base policy of SO101Paper-v0, as the command line takes them; overrides win."""
+        row = TUNED.get(base_policy, {}) if env_id == "SO101Paper-v0" else {}
+        return cls(**{"base_policy": base_policy, "env_id": env_id, **row, **overrides})
 
 
 # {base policy: settings that differ from the defaults above}; --base-policy X --help shows the values in force.

@@ -189,6 +189,8 @@ def test_tuned_row_follows_the_base_policy(parse, tuned):
     assert args == ppo.Args(base_policy="zero", learning_rate=0.0125, num_envs=4)
     assert args == ppo.Args.tuned("zero")
     assert ppo.Args.tuned("zero", num_envs=3) == ppo.Args(base_policy="zero", learning_rate=0.0125, num_envs=3)
+    elsewhere = parse("--base-policy", "zero", "--env-id", "Pendulum-v1")
+    assert elsewhere == ppo.Args(base_policy="zero", env_id="Pendulum-v1")  # the rows are of SO101Paper-v0
 
 
 def test_a_flag_wins_over_the_tuned_row(parse, tuned):
