@@ -12,7 +12,7 @@ The residual is an ordinary Gaussian policy, so the PPO below (Schulman et al. 2
   resume    python ppo_residual.py --resume runs/<run>
   evaluate  python ppo_residual.py --evaluate runs/<run> --compare-base --eval-episodes 200
   base only python ppo_residual.py --evaluate ik
-  no base   python ppo_residual.py --base-policy zero                (500,000 steps, three minutes)
+  no base   python ppo_residual.py --base-policy zero                (500,000 steps, four minutes)
   other base  --base-policy ik | clone.onnx | blend:ik:zero:0.5
   deploy    runs/<run>/policy.onnx: raw observation -> residual in [-1, 1]; add it to the base as above
 """
