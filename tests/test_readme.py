@@ -110,13 +110,13 @@ import _thread, json, pathlib, sys, threading, time, types
 
 def interrupt():
     # Python drops an interruption that comes in a destructor: a person whose training goes on presses again
-    progress, seen = pathlib.Path("runs/notebook/progress.csv"), 0
+    progress, lines = pathlib.Path("runs/notebook/progress.csv"), 2  # with two updates there is something to go on from
     while "stopped" not in globals():
-        size = progress.stat().st_size if progress.exists() else 0
-        if size > seen:
+        now = progress.read_text().count("\\n") if progress.exists() else 0
+        if now > lines:
             _thread.interrupt_main()
             time.sleep(0.3)
-        seen = size
+        lines = max(lines, now)
         time.sleep(0.02)
 
 
