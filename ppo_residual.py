@@ -165,7 +165,7 @@ class Args:
 # The defaults are tuned for ik. Three differ from usual ones by measurement (seeds 1 to 8, 50,000 steps, success in 300
 # validation episodes, mean and worst seed): as they are .995, .977; with clip_value .942, .863; with norm_reward .988,
 # .970; with init_log_std 0 .983, .907, for much noise does in training what the mean then cannot do.
-# Without a base the dense rewards must teach what to do, see the docstring of envs/so101.py; this row rests on one seed.
+# Without a base the dense rewards must teach what to do (docstring of envs/so101.py); this row was chosen on one seed.
 TUNED: dict[str, dict] = {
     "zero": {
         "env_kwargs": {"reach_weight": 60.0, "yaw_weight": 9.0, "success_reward": 3.0, "training_steps": 150},
