@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ablate
 import compare_runs
 import gymnasium as gym
 import mutate
@@ -383,6 +384,32 @@ def read_sweep() -> None:
     json.dumps(asdict(sweep))
 
 
+def make_ablation(folder: Path) -> None:
+    (folder / "ablations").mkdir()
+    (folder / "ablation.toml").write_text(
+        """script = "ppo_residual"
+seeds = [1, 2]
+eval_episodes = 20
+eval_seed = 7
+[args]
+total_timesteps = 500
+hidden_sizes = [4, 4]
+env_kwargs = {frame_margin = 0.01}
+[variants]
+"as it comes" = {}
+"alpha 1" = {alpha = 1.0, norm_obs = false, env_kwargs = {randomize = false}}
+"""
+    )
+
+
+def read_ablation() -> None:
+    """What ablate.py makes of it, up to the command lines."""
+    ablation = ablate.load_ablation("ablation.toml")
+    for variant in ablation.variants:
+        for seed in ablation.seeds:
+            ablate.Job(ablation, variant, seed, Path("ablations")).next_command()
+
+
 def make_study(folder: Path) -> None:
     make_sweep(folder)
     study = tune.open_study(tune.load_sweep(str(folder / "sweep.toml")), Path("sweep.toml"), folder / "study")
@@ -485,6 +512,7 @@ READERS = {
         make_run, read_drawn, {"run/evaluations.jsonl": LINES, "run/progress.csv": TABLE}, ("curves.png",), 0.1
     ),
     "sweep": Reader(make_sweep, read_sweep, {"sweep.toml": TOML}, share=2.5),
+    "ablation": Reader(make_ablation, read_ablation, {"ablation.toml": TOML}, ("ablations",), share=1),
     "study": Reader(make_study, read_study, {"study/study.db": BYTES}, ("study",), share=0.05),
     "config": Reader(make_config, read_config, {"config.json": JSON}, share=1),
     "weights": Reader(make_weights, read_weights, {"snqi.json": JSON, "weights.json": JSON}, share=2.5),

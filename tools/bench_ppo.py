@@ -19,7 +19,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from bench_envs import make_policy
-from bench_results import Row, grouped, measured, number, place, spread, table
+from bench_results import Row, grouped, measured, number, place, spread, student_t, table
 
 import envs
 import ppo_continuous
@@ -299,14 +299,6 @@ def welch(a: list[float], b: list[float]) -> tuple[float, float]:
     freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
     half = student_t(0.975, freedom) * math.sqrt(va + vb)
     return middle - half, middle + half
-
-
-def student_t(p: float, freedom: float) -> float:
-    """Quantile of Student's t distribution: where t = sqrt(freedom) tan(x), x has density ~ cos(x)^(freedom - 1)."""
-    x = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
-    density = np.cos(x) ** (freedom - 1)
-    cumulative = np.cumsum(density) - density / 2
-    return math.sqrt(freedom) * math.tan(np.interp(p, cumulative / cumulative[-1], x))
 
 
 def draw(path: str, results: list[dict]) -> None:

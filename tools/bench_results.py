@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from envs import run
 
@@ -82,6 +85,14 @@ def spread(values: list[float], middle: Callable) -> str:
     if len(values) == 1:
         return number(values[0])
     return f"{number(middle(values))} ({number(min(values))} to {number(max(values))})"
+
+
+def student_t(p: float, freedom: float) -> float:
+    """Quantile of Student's t distribution: where t = sqrt(freedom) tan(x), x has density ~ cos(x)^(freedom - 1)."""
+    x = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
+    density = np.cos(x) ** (freedom - 1)
+    cumulative = np.cumsum(density) - density / 2
+    return math.sqrt(freedom) * math.tan(np.interp(p, cumulative / cumulative[-1], x))
 
 
 def table(rows: list[Row], results: list[dict]) -> str:
