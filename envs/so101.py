@@ -26,7 +26,6 @@ MAX_YAW = 0.3  # rad
 TABLE_FRICTION, TIP_FRICTION = 0.6, 1.3  # of the sheet on the table, of a fingertip on the sheet
 TABLE_RANGE, TIP_RANGE = (0.8, 1.2), (0.85, 1.15)  # randomisation: factors of the two
 SUCCESS_REWARD = 10.0
-LOW, REACH = (0.003, 0.06), 0.04  # m: easier starts: heights of the end effector, and how far it is from the sheet
 HOLD_STEPS = 5  # consecutive steps inside the frame that make a success
 
 ARM, SHEET = slice(0, 6), slice(6, 9)  # in qpos: pan, lift, elbow, wrist flex, wrist roll, gripper; sheet x, y, yaw
@@ -116,12 +115,8 @@ def check(
         raise ValueError(f"action_delay must be 0 or more and below {MAX_EPISODE_STEPS}, not {action_delay}")
 
 
-def check_training(
-    reach_weight: float, yaw_weight: float, success_reward: float, near_starts: float, training_steps: int
-) -> None:
+def check_training(reach_weight: float, yaw_weight: float, success_reward: float, training_steps: int) -> None:
     """Raises ValueError for a value out of its range."""
-    if not 0 <= near_starts <= 1:
-        raise ValueError(f"near_starts must be between 0 and 1, not {near_starts}")
     for name, weight in (("reach_weight", reach_weight), ("yaw_weight", yaw_weight)):
         if not 0 <= weight < np.inf:
             raise ValueError(f"{name} must be 0 or more, not {weight}")
@@ -160,8 +155,6 @@ class SO101Paper(BatchEnv):
         randomize: vary friction between episodes; the published task (training=False) always does.
         reach_weight, yaw_weight: of training only, those of Phi.
         success_reward: of training only, instead of 10.
-        near_starts: of training only, the share of episodes in which the arm begins low over the sheet, and, drawn by
-            itself, of those in which the sheet begins nearer to its goal, by a factor between 0 and 1.
         training_steps: of training only, the steps of an episode; fewer than 400 see more starts.
         paper_friction: factor of the table's friction on the sheet, on top of its variation.
         link_mass: factor of the masses and inertias of the arm's links.
@@ -188,7 +181,6 @@ class SO101Paper(BatchEnv):
         reach_weight: float = 5.0,
         yaw_weight: float = 3.0,
         success_reward: float = SUCCESS_REWARD,
-        near_starts: float = 0.0,
         training_steps: int = MAX_EPISODE_STEPS,
         paper_friction: float = 1.0,
         link_mass: float = 1.0,
@@ -198,7 +190,7 @@ class SO101Paper(BatchEnv):
         threads: int = 1,
     ):
         check(frame_margin, threads, paper_friction, link_mass, action_delay, position_noise, angle_noise)
-        check_training(reach_weight, yaw_weight, success_reward, near_starts, training_steps)
+        check_training(reach_weight, yaw_weight, success_reward, training_steps)
         observation_space = gym.spaces.Box(-OBS_HIGH, OBS_HIGH, dtype=np.float32)
         action_space = gym.spaces.Box(-MAX_DELTA, MAX_DELTA, (6,), np.float32)
         steps = training_steps if training else MAX_EPISODE_STEPS
@@ -207,7 +199,6 @@ class SO101Paper(BatchEnv):
         self.success_reward = success_reward if training else SUCCESS_REWARD
         self.half_frame = HALF_SHEET + frame_margin
         self.randomize = randomize or not training
-        self.near_starts = near_starts if training else 0.0
 
         self.model = mujoco.MjModel.from_xml_path(str(ASSET))
         self._lay_tape()
@@ -216,8 +207,7 @@ class SO101Paper(BatchEnv):
         self.joint_low, self.joint_high = self.model.jnt_range[ARM].T
         self.sheet_frictionloss, self.paper_friction = self.model.dof_frictionloss[SHEET].copy(), paper_friction
         self.fingertips = [self.model.geom(f"{finger}_fingertip").id for finger in ("fixed", "moving")]
-        self.ready_target = self._holding(READY)
-        self.poses, self.pose_tips = self._low_poses() if self.near_starts else (None, None)
+        self.ready_target = READY + self._gravity_torque(READY) / self.model.actuator_gainprm[:, 0]
 
         self.batch = Batch(self.model, num_envs, threads)
         self.qpos, self.qvel, self.target = (self.batch.bind(field) for field in ("qpos", "qvel", "ctrl"))
@@ -244,40 +234,9 @@ class SO101Paper(BatchEnv):
         self._disturb(rows)
         self.coming[rows] = 0
         self.qpos[rows, ARM], self.target[rows] = READY, self.ready_target
-        if self.near_starts:
-            self._come_near(rows)
         self.batch.forward(rows, stage=mujoco.mjtStage.mjSTAGE_POS)
         self.steps_inside[rows] = 0
         self.potential[rows] = self._potential(self._overhang())[rows]
-
-    def _come_near(self, rows: np.ndarray) -> None:
-        """Easier starts, from which dragging and turning are found before the way to the sheet is."""
-        for i in rows:
-            rng, sheet = self.rngs[i], self.qpos[i, 6:8]
-            if rng.random() < self.near_starts:
-                sheet[:] = GOAL + rng.random() * (sheet - GOAL)
-            if rng.random() < self.near_starts:
-                near = np.flatnonzero(np.hypot(*(self.pose_tips - sheet).T) < REACH)
-                pose = self.poses[rng.choice(near)]
-                self.qpos[i, ARM], self.target[i] = pose, self._holding(pose)
-
-    def _low_poses(self) -> tuple[np.ndarray, np.ndarray]:
-        """Poses of the arm low over where sheets may lie, (M, 6) rad, the gripper pointing down and about along the
-        sheet, and x and y of the end effector in them, (M, 2) m: random poses, of which those that are low are kept.
-        """
-        rng, count = np.random.default_rng(0), 10_000  # leaves 1,400, at least 50 within reach of every sheet
-        pan, lift, elbow = rng.uniform([-1.1, -1.0, -0.8], [1.1, 1.0, 1.4], (count, 3)).T
-        wrist = rng.normal(IK.PITCH, 0.12, count) - lift - elbow
-        roll, gripper = rng.normal(pan, 0.2), rng.normal(0, 0.05, count)
-        poses = np.column_stack([pan, lift, elbow, wrist, roll, gripper])
-        poses = poses[((self.joint_low < poses) & (poses < self.joint_high)).all(1)]
-        batch = Batch(self.model, len(poses), 1)
-        qpos, tip = batch.bind("qpos"), batch.site("end_effector").xpos
-        qpos[:, ARM] = poses
-        batch.forward(stage=mujoco.mjtStage.mjSTAGE_POS)
-        away = np.abs(tip[:, :2] - GOAL) < MAX_OFFSET + REACH
-        low = (LOW[0] < tip[:, 2]) & (tip[:, 2] < LOW[1]) & away.all(1)
-        return poses[low], tip[low, :2].copy()
 
     def _disturb(self, rows: np.ndarray) -> None:
         """New noise for the observation that comes next."""
@@ -332,12 +291,12 @@ class SO101Paper(BatchEnv):
         overhang, yaw = np.maximum(overhang, 0).sum(1), np.abs(self.qpos[:, 8])
         return -self.reach_weight * reach - 30 * overhang - self.yaw_weight * yaw
 
-    def _holding(self, joints: np.ndarray) -> np.ndarray:
-        """Targets that hold the arm at rest at these joints against gravity, (6,), rad."""
+    def _gravity_torque(self, joints: np.ndarray) -> np.ndarray:
+        """Torque that holds the arm at rest, (6,), N m."""
         data = mujoco.MjData(self.model)
         data.qpos[ARM] = joints
         mujoco.mj_forward(self.model, data)
-        return joints + data.qfrc_bias[ARM] / self.model.actuator_gainprm[:, 0]
+        return data.qfrc_bias[ARM].copy()
 
     def _weigh(self, factor: float) -> None:
         """Makes the arm's links heavier or lighter."""

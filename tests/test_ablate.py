@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import ablate
 
-from envs.files import UserError
+from envs.files import UserError, lock
 
 ROOT = Path(__file__).parents[1]
 ABLATION = """
@@ -149,6 +149,9 @@ def test_an_ablation_from_end_to_end(tmp_path, capfd):
 def test_a_script_that_refuses_its_settings_ends_the_ablation(tmp_path):
     path = write(tmp_path, ABLATION.replace("minibatch_size = 64", "minibatch_size = 100"))
     with pytest.raises(UserError, match=r"--minibatch-size must be .* not 100"):
+        ablate.ablate(ablate.Args(path, run_root=str(tmp_path / "runs")))
+    held = lock(tmp_path / "runs" / "ablations" / "pendulum" / ".lock", "busy")
+    with held, pytest.raises(UserError, match="another process trains there"):
         ablate.ablate(ablate.Args(path, run_root=str(tmp_path / "runs")))
     with pytest.raises(UserError, match="--jobs must be at least 1, not 0"):
         ablate.ablate(ablate.Args(path, jobs=0, run_root=str(tmp_path / "runs")))

@@ -42,7 +42,7 @@ from tune import OURS, ROOT, flags, types_of
 
 from envs import command
 from envs.contents import shown
-from envs.files import UserError, read_json, require, write_json, write_whole
+from envs.files import UserError, lock, read_json, require, write_json, write_whole
 from envs.rollout import paired_gain
 
 POLL = 0.2  # s between two looks at the running processes
@@ -98,8 +98,6 @@ def load_ablation(path: str) -> Ablation:
         raise UserError(f"{path}: seeds must be one or more, and all different")
     types = types_of(ablation.script)
     for variant in ({}, *ablation.variants.values()):
-        if not isinstance(variant, dict):
-            raise UserError(f"{path}: a variant is a table of settings, not {shown(variant)}")
         for name, value in settings_of(ablation, variant).items():
             if name not in types or name in (*OURS, "seed"):
                 raise UserError(f"{path}: {name} is no setting of {ablation.script} for a variant; see its --help")
@@ -157,20 +155,13 @@ class Job:
         self.log = open(self.folder.with_name(f"{self.folder.name}.log"), "ab")  # noqa: SIM115 (open while it runs)
         self.process = subprocess.Popen(line, stdout=self.log, stderr=subprocess.STDOUT)
 
-    def ended(self) -> bool:
-        """Whether the process has ended.
-
-        Raises:
-            UserError: it failed.
-        """
-        if self.process.poll() is None:
-            return False
+    def settle(self) -> None:
+        """Raises UserError if the process, which has ended, failed."""
         self.log.close()
         if self.process.returncode != 0:
             lines = Path(self.log.name).read_text(errors="replace").splitlines()
             said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
             raise UserError([f"exit status {self.process.returncode}; see {self.log.name}", *said][-1])
-        return True
 
     def stop(self) -> None:
         self.process.terminate()
@@ -192,7 +183,7 @@ def run_all(jobs: list[Job], at_a_time: int) -> None:
             time.sleep(POLL)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
-                job.ended()
+                job.settle()
                 waiting.append(job)  # its evaluation comes next
                 print(f"{job.folder}: {'evaluated' if job.test.exists() else 'trained'}", file=sys.stderr)
     finally:
@@ -241,8 +232,9 @@ def ablate(args: Args) -> str:
     folder = Path(args.run_root) / "ablations" / Path(args.ablation).stem
     folder.mkdir(parents=True, exist_ok=True)
     jobs = {variant: [Job(ablation, variant, seed, folder) for seed in ablation.seeds] for variant in ablation.variants}
-    # Seed by seed, so that what was stopped half-way has all variants of the first seeds
-    run_all([job for those in zip(*jobs.values()) for job in those], args.jobs)
+    with lock(folder / ".lock", f"{folder}: another process trains there; wait for it, or stop it"):
+        # Seed by seed, so that what was stopped half-way has all variants of the first seeds
+        run_all([job for those in zip(*jobs.values()) for job in those], args.jobs)
     tests: dict[str, list[dict]] = {}
     for variant, those in jobs.items():
         tests[variant] = []
