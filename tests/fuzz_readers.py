@@ -392,7 +392,7 @@ seeds = [1, 2]
 eval_episodes = 20
 eval_seed = 7
 [args]
-total_timesteps = 500
+total_timesteps = 5000
 hidden_sizes = [4, 4]
 env_kwargs = {frame_margin = 0.01}
 [variants]

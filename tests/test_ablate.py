@@ -1,7 +1,9 @@
 """tools/ablate.py: what its file may say, the table, and an ablation from end to end."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,11 @@ def write(folder, text=ABLATION):
         ("seeds =", "seed =", "unknown 'seed'; there are script, variants, seeds"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "seeds must be one or more, and all different"),
         ("seeds = [1, 2]", "seeds = []", "seeds must be one or more, and all different"),
-        ("eval_episodes = 3", "eval_episodes = 0", "eval_episodes must be at least 1, not 0"),
+        ("eval_episodes = 3", "eval_episodes = -1", "eval_episodes must be 0, for all there are, or more, not -1"),
+        ("seeds = [1, 2]", "seeds = [2147483000]", "below 2\\*\\*31: not 2147483000"),
+        ("learning_rate = 1e-2", 'env_id = "Ballbot-v0"', "env_id is no setting of ppo_continuous for a variant"),
+        ("learning_rate = 1e-2", "num_envs = { x = 1 }", "num_envs cannot be"),
+        ("num_envs = 2", f"num_envs = {'1' * 5000}", "not TOML that can be read"),
         ('"as it comes" = {}', "", "variants must be two or more"),
         ('"as it comes"', '"narrow + fast"', "two variants would share their directories"),
         ('"as it comes" = {}', '"as it comes" = 1', "variants cannot be"),
@@ -82,13 +88,13 @@ def test_arguments_of_the_environment_add_to_those_there_already(tmp_path):
 def played(*success, base=None):
     result = {
         "success_rate": float(np.mean(success)),
-        "mean_return": 0.0,
-        "per_episode": [{"success": bool(x), "return": 0.0} for x in success],
+        "mean_return": 10 * float(np.mean(success)),
+        "per_episode": [{"success": bool(x), "return": 10.0 * x} for x in success],
     }
-    return result if base is None else {**result, "base": {"success_rate": base, "mean_return": 0.0}}
+    return result if base is None else {**result, "base": {"success_rate": base, "mean_return": 10 * base}}
 
 
-def test_a_difference_is_of_the_same_episodes_and_its_interval_of_the_seeds():
+def test_a_difference_has_the_interval_of_the_seeds():
     """Gains .5, .25 and 0 of three seeds: their standard deviation is .25, and t of 2 degrees of freedom 4.3027."""
     reference = [played(1, 0, 0, 0), played(1, 1, 0, 0), played(1, 1, 1, 0)]
     ours = [played(1, 1, 1, 0), played(1, 0, 1, 1), played(0, 1, 1, 1)]
@@ -96,62 +102,119 @@ def test_a_difference_is_of_the_same_episodes_and_its_interval_of_the_seeds():
     assert middle == pytest.approx(0.25)
     assert half == pytest.approx(4.3027 * 0.25 / np.sqrt(3), rel=1e-4)
     assert ablate.difference(ours[:1], reference[:1]) == (0.5, np.inf)
+    with pytest.raises(ValueError, match="longer"):  # of other episodes
+        ablate.difference([played(1, 0)], [played(1, 0, 1)])
 
 
 def test_the_table():
-    ablation = ablate.Ablation(script="ppo_residual", variants={"a": {}, "b": {}}, seeds=(1, 2))
+    """Gains of b .25 and .5: .375 +- 12.706 * .17678 / sqrt(2); of c none, and twice less."""
     tests = {
-        "a": [played(1, 0, base=0.5), played(1, 0, base=0.0)],
-        "b": [played(1, 1, base=0.5), played(1, 1, base=0.25)],
+        "a": [played(1, 0, 1, 0, base=0.5), played(1, 0, 0, 0, base=0.0)],
+        "b": [played(1, 1, 1, 0, base=0.5), played(1, 1, 1, 0, base=0.25)],
+        "c": [played(1, 0, 1, 0, base=0.5), played(0, 0, 0, 0, base=0.0)],
     }
-    assert ablate.report(ablation, tests).splitlines() == [
+    assert ablate.report([1, 2], tests).splitlines() == [
         "| settings | success, seed 1 | 2 | mean | base alone | difference, 95 % interval |",
         "| --- | --- | --- | --- | --- | --- |",
-        "| a | 0.500 | 0.500 | 0.500 | 0.250 |  |",
-        "| b | 1.000 | 1.000 | 1.000 | 0.375 | +0.500 (+0.500 to +0.500) |",
+        "| a | 0.500 | 0.250 | 0.375 | 0.250 |  |",
+        "| b | 0.750 | 0.750 | 0.750 | 0.375 | +0.375 (-1.213 to +1.963) |",
+        "| c | 0.500 | 0.000 | 0.250 | 0.250 | -0.125 (-1.713 to +1.463) |",
     ]
+    one = {variant: [{**those[0], "success_rate": None}] for variant, those in tests.items()}
+    for test in (test for those in one.values() for test in those):
+        del test["base"]
+    assert ablate.report([1], one).splitlines()[2:4] == ["| a | 5 | 5 |  |", "| b | 7.5 | 7.5 | +2.5 |"]
 
 
 def test_an_ablation_from_end_to_end(tmp_path, capfd):
-    """All runs of all variants, each evaluated; what is there is not made again, and never of other settings."""
-    args = ablate.Args(write(tmp_path), jobs=2, run_root=str(tmp_path / "runs"))
+    """Each variant trained and evaluated; what is there is not made again, and never of other settings."""
+    text = ABLATION.replace("seeds = [1, 2]", "seeds = [7]")
+    args = ablate.Args(write(tmp_path, text), jobs=2, run_root=str(tmp_path / "runs"))
     table = ablate.ablate(args)
     folder = tmp_path / "runs" / "ablations" / "pendulum"
     assert table == (folder / "summary.md").read_text()
-    names = [f"{variant}__seed{seed}" for variant in ("as_it_comes", "narrow_fast") for seed in (1, 2)]
-    assert sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) == names
-    for name in names:
-        config = json.loads((folder / name / "config.json").read_text())["args"]
-        assert (config["seed"], config["num_envs"]) == (int(name[-1]), 2)
-        assert config["hidden_sizes"] == ([8] if "narrow" in name else [64, 64])
-        test = json.loads((folder / name / "test.json").read_text())
-        assert (test["seed"], test["episodes"], len(test["per_episode"])) == (900_000 + config["seed"], 3, 3)
-        assert f"{test['mean_return']:.4g}" in table
+    plain, narrow = folder / "as_it_comes__seed7", folder / "narrow_fast__seed7"
+    assert sorted(entry for entry in folder.iterdir() if entry.is_dir()) == [plain, narrow]
+    returns = []
+    for run in (plain, narrow):
+        config = json.loads((run / "config.json").read_text())["args"]
+        assert (config["seed"], config["num_envs"]) == (7, 2)
+        assert config["hidden_sizes"] == ([64, 64] if run == plain else [8])
+        test = json.loads((run / "test.json").read_text())
+        assert (test["seed"], test["episodes"], len(test["per_episode"])) == (900_007, 3, 3)
+        returns.append(test["mean_return"])
+    one, other = (f"{x:.4g}" for x in returns)
+    rows = table.splitlines()[2:4]
+    assert rows[0] == f"| as it comes | {one} | {one} |  |"
+    assert rows[1] == f"| narrow & fast | {other} | {other} | {returns[1] - returns[0]:+.4g} |"
+    assert "\n3 episodes each; commit " in table
 
+    # A test.json of another policy, and a run that was stopped
     capfd.readouterr()
-    stamps = {name: (folder / name / "summary.json").stat().st_mtime_ns for name in names}
-    (folder / names[0] / "test.json").unlink()
-    unfinished = folder / names[1] / "summary.json"
-    unfinished.write_text(json.dumps({**json.loads(unfinished.read_text()), "status": "interrupted"}))
+    stamp = (plain / "summary.json").stat().st_mtime_ns
+    (plain / "test.json").write_text(json.dumps({**json.loads((plain / "test.json").read_text()), "sha256": "0" * 64}))
+    summary = json.loads((narrow / "summary.json").read_text())
+    (narrow / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
     assert ablate.ablate(args) == table
     again = capfd.readouterr().err
-    assert again.count("trained") == 1
-    assert again.count("evaluated") == 2
-    for name in names:
-        assert ((folder / name / "summary.json").stat().st_mtime_ns == stamps[name]) == (name != names[1])
+    assert (again.count("trained"), again.count("evaluated")) == (1, 2)
+    assert (plain / "summary.json").stat().st_mtime_ns == stamp
+    assert len(json.loads((narrow / "config.json").read_text())["resumed"]) == 1  # it went on from its checkpoint
 
-    with pytest.raises(UserError, match=r"narrow_fast__seed1: is of other settings"):
-        ablate.ablate(ablate.Args(write(tmp_path, ABLATION.replace("1e-2", "1e-3")), run_root=args.run_root))
-    with pytest.raises(UserError, match=r"test\.json: is of other episodes"):
-        ablate.ablate(ablate.Args(write(tmp_path, ABLATION.replace("= 3", "= 4")), run_root=args.run_root))
+    def refused(old, new, message):
+        with pytest.raises(UserError, match=message):
+            ablate.ablate(ablate.Args(write(tmp_path, text.replace(old, new)), run_root=args.run_root))
+
+    refused("1e-2", "1e-3", r"narrow_fast__seed7: is of other settings \(learning_rate 0\.01\)")
+    refused("total_timesteps = 128", "total_timesteps = 256", r"as_it_comes__seed7: is of other settings \(total_time")
+    with lock(folder / ".lock", "busy"):
+        refused("", "", "another process trains there")
+    (plain / "summary.json").unlink()
+    with lock(plain / ".lock", "busy"):
+        refused("", "", "as_it_comes__seed7: still being trained")
 
 
-def test_a_script_that_refuses_its_settings_ends_the_ablation(tmp_path):
-    path = write(tmp_path, ABLATION.replace("minibatch_size = 64", "minibatch_size = 100"))
-    with pytest.raises(UserError, match=r"--minibatch-size must be .* not 100"):
+def test_one_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    path = write(tmp_path, ABLATION.replace("seeds = [1, 2]", "seeds = [1]"))
+    start = ablate.Job.start
+
+    def broken(job, line):
+        start(
+            job,
+            [sys.executable, "-c", "import sys; sys.exit('error: no luck')"] if "as_it" in str(job.folder) else line,
+        )
+
+    monkeypatch.setattr(ablate.Job, "start", broken)
+    with pytest.raises(UserError, match=r"as_it_comes__seed1: no luck \(see .*as_it_comes__seed1\.log\)"):
         ablate.ablate(ablate.Args(path, run_root=str(tmp_path / "runs")))
-    held = lock(tmp_path / "runs" / "ablations" / "pendulum" / ".lock", "busy")
-    with held, pytest.raises(UserError, match="another process trains there"):
+    folder = tmp_path / "runs" / "ablations" / "pendulum"
+    assert (folder / "narrow_fast__seed1" / "test.json").exists()
+    assert (folder / "summary.md").read_text() == ""  # no seed has all
+
+
+def test_settings_that_cannot_work_are_refused_before_anything_runs(tmp_path):
+    path = write(tmp_path, ABLATION.replace("hidden_sizes = [8]", "minibatch_size = 100"))
+    with pytest.raises(UserError, match=r"narrow & fast: --minibatch-size must be .* not 100"):
         ablate.ablate(ablate.Args(path, run_root=str(tmp_path / "runs")))
     with pytest.raises(UserError, match="--jobs must be at least 1, not 0"):
         ablate.ablate(ablate.Args(path, jobs=0, run_root=str(tmp_path / "runs")))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_signal_stops_all_runs_which_then_go_on(tmp_path):
+    """Both processes, each in the middle of its training, and the tool itself, which says so."""
+    path = write(tmp_path, ABLATION.replace("total_timesteps = 128", "total_timesteps = 2_000_000"))
+    line = [sys.executable, str(ROOT / "tools/ablate.py"), path, "--jobs", "2", "--run-root", str(tmp_path / "runs")]
+    folder = tmp_path / "runs" / "ablations" / "pendulum"
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    begun = [folder / f"{variant}__seed1" / "progress.csv" for variant in ("as_it_comes", "narrow_fast")]
+    while not all(file.exists() for file in begun):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert "SIGTERM: stopped" in process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    for file in begun:
+        assert json.loads((file.parent / "summary.json").read_text())["status"] == "interrupted"
+    job = ablate.Job(ablate.load_ablation(path), "as it comes", 1, folder)
+    assert job.next_command()[-2:] == ["--resume", str(begun[0].parent)]

@@ -1,5 +1,7 @@
 """PPO learns: a point that must come home, in seconds; and, marked slow, the arm, the car and the ballbot."""
 
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -83,6 +85,30 @@ def test_the_residual_brings_the_sheet_into_the_frame(tmp_path, seed):
     assert 0.45 <= result["base"]["success_rate"] <= 0.65
     assert result["gain"]["gain"] >= 0.3
     assert result["metrics"]["yaw_error"] < result["base"]["metrics"]["yaw_error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_tight_frame_wants_short_training_episodes(tmp_path, seed):
+    """10 mm a side, where the base alone fails on three of four starts."""
+    tight = {"frame_margin": 0.01, "training_steps": 150}
+    args = ppo.Args(seed=seed, env_kwargs=tight, run_root=str(tmp_path), checkpoint_every=0)
+    summary = ppo.train(args)
+    args = replace(args, evaluate=summary["run"], compare_base=True, eval_episodes=200, eval_seed=31)
+    result = ppo.evaluate(args)
+    assert result["success_rate"] >= 0.85
+    assert result["base"]["success_rate"] <= 0.35
+
+
+@pytest.mark.slow
+def test_the_arm_learns_without_a_base(tmp_path):
+    """500,000 steps with the settings for zero, which alone never touches the sheet."""
+    args = ppo.Args.tuned("zero", seed=1, run_root=str(tmp_path), checkpoint_every=0)
+    summary = ppo.train(args)
+    args = replace(args, evaluate=summary["run"], compare_base=True, eval_episodes=200, eval_seed=31)
+    result = ppo.evaluate(args)
+    assert result["success_rate"] >= 0.9
+    assert result["base"]["success_rate"] == 0
 
 
 def test_plain_ppo_brings_the_point_home_too(home, tmp_path):

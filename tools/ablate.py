@@ -17,10 +17,12 @@ The file says what to train:
     "no normalisation" = { norm_obs = false }
 
 Runs are ordinary ones, runs/ablations/<file>/<variant>__seed<seed>, each with its test.json (--evaluate, which plays
-the best policy by validation); summary.md beside them is the table. A difference is the mean over the seeds of what the
-variant gains in the same episodes; its interval, of Student's t over the seeds, holds how training scatters.
+the best policy by validation); summary.md beside them is the table, of the seeds that all variants have. A difference
+is the mean over the seeds of what a variant gains in the same episodes; its interval, of Student's t over the seeds,
+holds how training scatters.
 """
 
+import json
 import math
 import re
 import shutil
@@ -29,7 +31,9 @@ import subprocess
 import sys
 import time
 import tomllib
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -38,16 +42,24 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench_results import student_t
-from tune import OURS, ROOT, flags, types_of
+from compare_runs import origin
+from tune import OURS, ROOT, flags, stop, types_of
 
 from envs import command
 from envs.contents import shown
-from envs.files import UserError, lock, read_json, require, write_json, write_whole
+from envs.files import UserError, lock, read_json, require, sha256, write_whole
 from envs.rollout import paired_gain
+from envs.run import find_checkpoint
+from envs.signals import signals_held
 
 POLL = 0.2  # s between two looks at the running processes
+NOT_A_VARIANT = (*OURS, "seed", "compare_base")  # settings that are not for the file to say
+THE_TASK = ("env_id", "eval_env_kwargs")  # settings that all variants share, or else they play other episodes
 PLAYED = {"success_rate": float | None, "mean_return": float}
-TESTED = {**PLAYED, "per_episode": [{"return": float}], "episodes": int, "seed": int, "base?": PLAYED}
+TESTED = {
+    **{**PLAYED, "per_episode": [{"return": float, "success": bool | None}], "episodes": int, "seed": int},
+    **{"sha256": str, "base?": PLAYED},
+}
 
 
 @dataclass
@@ -75,11 +87,11 @@ class Ablation:
 def load_ablation(path: str) -> Ablation:
     """Raises UserError for a file that is missing or says what cannot be done."""
     try:
-        content = tomllib.loads(Path(path).read_text())
-    except FileNotFoundError:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file; --help shows how one is written") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not TOML ({error}); --help shows how it is written") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not TOML that can be read ({error}); --help shows how it is written") from None
     for name in ("script", "variants"):
         if name not in content:
             raise UserError(f"{path}: {name} is missing; --help shows how it is written")
@@ -92,14 +104,17 @@ def load_ablation(path: str) -> Ablation:
         raise UserError(f"{path}: variants must be two or more, the first of which the others are weighed against")
     if len({folder_name(variant, 0) for variant in ablation.variants}) < len(ablation.variants):
         raise UserError(f"{path}: two variants would share their directories; name them differently")
-    if ablation.eval_episodes < 1:
-        raise UserError(f"{path}: eval_episodes must be at least 1, not {ablation.eval_episodes}")
+    if ablation.eval_episodes < 0:
+        raise UserError(f"{path}: eval_episodes must be 0, for all there are, or more, not {ablation.eval_episodes}")
     if not ablation.seeds or len({*ablation.seeds}) < len(ablation.seeds):
         raise UserError(f"{path}: seeds must be one or more, and all different")
+    for seed in ablation.seeds:
+        if seed < 0 or not 0 <= ablation.eval_seed + seed < 2**31:
+            raise UserError(f"{path}: a seed, and with eval_seed added, must be 0 or more, and below 2**31: not {seed}")
     types = types_of(ablation.script)
-    for variant in ({}, *ablation.variants.values()):
-        for name, value in settings_of(ablation, variant).items():
-            if name not in types or name in (*OURS, "seed"):
+    for given in (ablation.args, *ablation.variants.values()):
+        for name, value in given.items():
+            if name not in types or name in NOT_A_VARIANT or (name in THE_TASK and given is not ablation.args):
                 raise UserError(f"{path}: {name} is no setting of {ablation.script} for a variant; see its --help")
             if not command.fits(tuple(value) if isinstance(value, list) else value, types[name]):
                 raise UserError(f"{path}: {name} cannot be {shown(value)}; see {ablation.script}.py --help")
@@ -120,75 +135,110 @@ class Job:
     """A run: trained first, evaluated then, each in a process of its own."""
 
     def __init__(self, ablation: Ablation, variant: str, seed: int, folder: Path):
+        """Raises UserError if its settings cannot work."""
         self.ablation, self.seed, self.folder = ablation, seed, folder / folder_name(variant, seed)
-        self.test = self.folder / "test.json"
-        self.settings = settings_of(ablation, ablation.variants[variant])
-        self.process: subprocess.Popen | None = None
+        self.script = [sys.executable, str(ROOT / f"{ablation.script}.py")]
+        place = {"seed": seed, "run_root": str(folder), "run_name": self.folder.name}
+        self.line = flags({**settings_of(ablation, ablation.variants[variant]), **place}, types_of(ablation.script))
+        module = import_module(ablation.script)
+        try:
+            self.args = command.checked(command.parse(module.Args, module.Args.tuned, argv=self.line))
+        except UserError as error:
+            raise UserError(f"{variant}: {error}") from error
 
     def next_command(self) -> list[str] | None:
         """What is still to do; None if nothing is.
 
         Raises:
-            UserError: the run that is there has other settings.
+            UserError: the run that is there is another, or still goes on.
         """
-        settings = self.folder.with_name(f"{self.folder.name}.json")
-        script = [sys.executable, str(ROOT / f"{self.ablation.script}.py")]
-        if settings.exists() and read_json(settings) != self.settings:
-            raise UserError(f"{self.folder}: is of other settings; remove it with its .json, or rename the variant")
-        write_json(settings, self.settings)
+        if not (self.folder / "config.json").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)  # begun, and not come far
+            return [*self.script, *self.line]
+        self.require_ours()
         if not self.trained():
-            shutil.rmtree(self.folder, ignore_errors=True)  # what was cut off begins anew
-            place = {"seed": self.seed, "run_root": str(self.folder.parent), "run_name": self.folder.name}
-            return [*script, *flags({**self.settings, **place}, types_of(self.ablation.script))]
-        if not self.test.exists():
+            with lock(self.folder / ".lock", f"{self.folder}: still being trained; wait for its end, or stop it"):
+                try:
+                    find_checkpoint(str(self.folder), say=False)
+                except UserError:
+                    shutil.rmtree(self.folder)
+                    return [*self.script, *self.line]
+            return [*self.script, "--resume", str(self.folder)]
+        if self.result() is None:
             seed, episodes = self.ablation.eval_seed + self.seed, self.ablation.eval_episodes
-            line = [*script, "--evaluate", str(self.folder), "--json", str(self.test), "--eval-seed", str(seed)]
-            residual = ["--compare-base"] * (self.ablation.script == "ppo_residual")
-            return [*line, "--eval-episodes", str(episodes), *residual]
+            line = [*self.script, "--evaluate", str(self.folder), "--json", str(self.folder / "test.json")]
+            line += ["--eval-seed", str(seed), "--eval-episodes", str(episodes)]
+            line += ["--env-id", self.args.env_id] if ":" in self.args.env_id else []
+            return [*line, *["--compare-base"] * (self.ablation.script == "ppo_residual")]
         return None
+
+    def require_ours(self) -> None:
+        """Raises UserError if the run that is there is of another script or of other settings than are asked now."""
+        config, wanted = read_json(self.folder / "config.json"), json.loads(json.dumps(asdict(self.args), default=str))
+        found = config.get("args", {})
+        names = [name for name in wanted if name not in OURS and found.get(name) != wanted[name]]
+        if config.get("script") != self.ablation.script or names:
+            differ = ", ".join(f"{name} {shown(found.get(name))}" for name in names) or config.get("script")
+            raise UserError(f"{self.folder}: is of other settings ({differ}); remove it, or rename the variant")
 
     def trained(self) -> bool:
         summary = self.folder / "summary.json"
         return summary.exists() and read_json(summary).get("status") == "completed"
 
+    def result(self) -> dict | None:
+        """Its test.json, if it is of this policy and of the episodes that are asked."""
+        file, policy = self.folder / "test.json", self.folder / "best.pt"
+        if not (file.exists() and policy.exists()):
+            return None
+        test = read_json(file)
+        require(test, TESTED, file, "remove it, and it is made again")
+        asked = self.ablation.eval_episodes or test["episodes"]
+        ours = (self.ablation.eval_seed + self.seed, asked, asked, sha256(policy))
+        return test if (test["seed"], test["episodes"], len(test["per_episode"]), test["sha256"]) == ours else None
+
     def start(self, line: list[str]) -> None:
-        self.log = open(self.folder.with_name(f"{self.folder.name}.log"), "ab")  # noqa: SIM115 (open while it runs)
+        self.log = open(self.folder.with_name(f"{self.folder.name}.log"), "wb")  # noqa: SIM115 (open while it runs)
         self.process = subprocess.Popen(line, stdout=self.log, stderr=subprocess.STDOUT)
 
-    def settle(self) -> None:
-        """Raises UserError if the process, which has ended, failed."""
+    def failure(self) -> str | None:
+        """What was wrong, if the process, which has ended, failed."""
         self.log.close()
-        if self.process.returncode != 0:
-            lines = Path(self.log.name).read_text(errors="replace").splitlines()
-            said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-            raise UserError([f"exit status {self.process.returncode}; see {self.log.name}", *said][-1])
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait()
-        self.log.close()
+        if self.process.returncode == 0:
+            return None
+        lines = Path(self.log.name).read_text(errors="replace").splitlines()
+        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return f"{self.folder}: {[f'exit status {self.process.returncode}', *said][-1]} (see {self.log.name})"
 
 
-def run_all(jobs: list[Job], at_a_time: int) -> None:
-    """Train and evaluate what is not there yet."""
-    waiting, running = jobs[::-1], []
+def run_all(jobs: list[Job], at_a_time: int, tell: Callable[[], None]) -> list[str]:
+    """Train and evaluate what is not there yet, and tell after each evaluation. Returns what failed."""
+    waiting, running, failed = jobs[::-1], [], []
     try:
         while waiting or running:
             while waiting and len(running) < at_a_time:
                 job = waiting.pop()
                 line = job.next_command()
                 if line is not None:
-                    job.start(line)
-                    running.append(job)
+                    with signals_held():  # or a process that was just started would be left behind
+                        job.start(line)
+                        running.append(job)
             time.sleep(POLL)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
-                job.settle()
-                waiting.append(job)  # its evaluation comes next
-                print(f"{job.folder}: {'evaluated' if job.test.exists() else 'trained'}", file=sys.stderr)
+                failure = job.failure()
+                if failure is not None:
+                    failed.append(failure)
+                    print(failure, file=sys.stderr)
+                elif job.result() is None:
+                    waiting.append(job)  # its evaluation comes next
+                    print(f"{job.folder}: trained", file=sys.stderr)
+                else:
+                    print(f"{job.folder}: evaluated", file=sys.stderr)
+                    tell()
     finally:
-        for job in running:
-            job.stop()
+        with signals_held():
+            stop([job.process for job in running])
+    return failed
 
 
 def difference(ours: list[dict], reference: list[dict]) -> tuple[float, float]:
@@ -200,13 +250,13 @@ def difference(ours: list[dict], reference: list[dict]) -> tuple[float, float]:
     return statistics.fmean(gains), half
 
 
-def report(ablation: Ablation, tests: dict[str, list[dict]]) -> str:
-    """The table, {variant: its test of each seed} in Markdown."""
+def report(seeds: list[int], tests: dict[str, list[dict]]) -> str:
+    """The table in Markdown, {variant: its test of each seed}."""
     first = next(iter(tests.values()))
     succeeds = first[0]["success_rate"] is not None
     figure, form = ("success_rate", ".3f") if succeeds else ("mean_return", ".4g")
     with_base = all("base" in test for those in tests.values() for test in those)
-    header = ["settings", *map(str, ablation.seeds), "mean", *["base alone"] * with_base, "difference, 95 % interval"]
+    header = ["settings", *map(str, seeds), "mean", *["base alone"] * with_base, "difference, 95 % interval"]
     header[1] = f"{'success' if succeeds else 'return'}, seed {header[1]}"
     lines = [header, ["---"] * len(header)]
     for variant, those in tests.items():
@@ -224,29 +274,43 @@ def report(ablation: Ablation, tests: dict[str, list[dict]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def summary(ablation: Ablation, jobs: dict[str, list[Job]]) -> str:
+    """The table of the seeds that all variants have so far, and with what it was made; empty if there is none yet."""
+    results = {variant: [job.result() for job in those] for variant, those in jobs.items()}
+    complete = [i for i in range(len(ablation.seeds)) if all(those[i] is not None for those in results.values())]
+    if not complete:
+        return ""
+    configs = [{"config": read_json(those[i].folder / "config.json")} for i in complete for those in jobs.values()]
+    table = report(
+        [ablation.seeds[i] for i in complete],
+        {variant: [those[i] for i in complete] for variant, those in results.items()},
+    )
+    return f"{table}\n{results[next(iter(results))][complete[0]]['episodes']} episodes each; {origin(configs)}\n"
+
+
 def ablate(args: Args) -> str:
-    """Train and evaluate what is missing. Returns the table."""
+    """Train and evaluate what is missing. Returns the table.
+
+    Raises:
+        UserError: the file says what cannot be done, or a run failed; the others were made all the same.
+    """
     if args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {args.jobs}")
     ablation = load_ablation(args.ablation)
     folder = Path(args.run_root) / "ablations" / Path(args.ablation).stem
-    folder.mkdir(parents=True, exist_ok=True)
     jobs = {variant: [Job(ablation, variant, seed, folder) for seed in ablation.seeds] for variant in ablation.variants}
-    with lock(folder / ".lock", f"{folder}: another process trains there; wait for it, or stop it"):
-        # Seed by seed, so that what was stopped half-way has all variants of the first seeds
-        run_all([job for those in zip(*jobs.values()) for job in those], args.jobs)
-    tests: dict[str, list[dict]] = {}
-    for variant, those in jobs.items():
-        tests[variant] = []
-        for job in those:
-            test = read_json(job.test)
-            require(test, TESTED, job.test, "remove it, and it is made again")
-            if test["episodes"] != ablation.eval_episodes or test["seed"] != ablation.eval_seed + job.seed:
-                raise UserError(f"{job.test}: is of other episodes; remove it, and it is made again")
-            tests[variant].append(test)
-    table = report(ablation, tests)
-    write_whole(folder / "summary.md", table.encode())
-    return table
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def tell() -> None:
+        write_whole(folder / "summary.md", summary(ablation, jobs).encode())
+
+    with lock(folder / ".lock", f"{folder}: another process trains there; wait for its end, or stop it"):
+        # Seed by seed, so that there is a table of the first seeds soon
+        failed = run_all([job for those in zip(*jobs.values()) for job in those], args.jobs, tell)
+        tell()
+    if failed:
+        raise UserError("\n".join(failed))
+    return summary(ablation, jobs)
 
 
 @command.command_line()

@@ -58,6 +58,7 @@ from envs import command
 from envs.contents import COUNT, is_one, shown
 from envs.files import UserError, read_json, read_jsonl, write_whole
 from envs.rollout import LOWER_IS_BETTER, figures
+from envs.signals import signals_held
 
 ROOT = Path(__file__).resolve().parents[1]
 PENALTY, PER_VIOLATION = 1e6, 1e3  # worse than any figure that a feasible trial can have
@@ -230,6 +231,14 @@ def violations(sweep: Sweep, evaluations: list[dict], best: dict) -> dict[str, f
     return broken
 
 
+def stop(processes: list[subprocess.Popen]) -> None:
+    """End them as a user would: they save what they have. All are told before the first is waited for."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait()
+
+
 class Trial:
     """A trial that runs: its process and what its evaluations have said so far."""
 
@@ -259,9 +268,7 @@ class Trial:
         return ended
 
     def stop(self) -> None:
-        """As a user would stop it: it saves what it has."""
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait()
+        stop([self.process])
 
     def close(self) -> None:
         self.log.close()
@@ -412,7 +419,8 @@ def tune(args: Args) -> Any | None:
     try:
         while running or len(ended(study)) < sweep.trials:
             while len(running) < args.jobs and len(ended(study)) + len(running) < sweep.trials:
-                running.append(Trial(sweep, study.ask(), folder))
+                with signals_held():  # or a process that was just started would be left behind
+                    running.append(Trial(sweep, study.ask(), folder))
             time.sleep(POLL)
             for trial in [trial for trial in running if trial.poll()]:
                 running.remove(trial)
@@ -421,9 +429,10 @@ def tune(args: Args) -> Any | None:
                 print(f"trial {known.number}: {known.user_attrs.get('value', '-')}, {outcome(known)}", file=sys.stderr)
                 write_whole(folder / "summary.md", report(study, sweep).encode())
     finally:
-        for trial in running:
-            trial.stop()
-            trial.close()
+        with signals_held():
+            stop([trial.process for trial in running])
+            for trial in running:
+                trial.close()
     write_whole(folder / "summary.md", report(study, sweep).encode())
     print(report(study, sweep), end="")
     return best_of(study, sweep)
