@@ -96,7 +96,7 @@ def test_a_tight_frame_wants_short_training_episodes(tmp_path, seed):
     summary = ppo.train(args)
     args = replace(args, evaluate=summary["run"], compare_base=True, eval_episodes=200, eval_seed=31)
     result = ppo.evaluate(args)
-    assert result["success_rate"] >= 0.85
+    assert result["success_rate"] >= 0.8
     assert result["base"]["success_rate"] <= 0.35
 
 
