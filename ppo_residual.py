@@ -166,7 +166,7 @@ class Args:
 # validation episodes, mean and worst seed): as they are .995, .977; with clip_value .942, .863; with norm_reward .988,
 # .970; with init_log_std 0 .983, .907, for much noise does in training what the mean then cannot do.
 # Without a base the residual must move the arm about as far in a step as a base would, and short episodes show it more
-# starts; chosen on seeds 1 to 5. The README has runs without each of these settings.
+# starts; chosen on seeds 1 to 5. The README has runs with one or another of these settings put back.
 TUNED: dict[str, dict] = {
     "zero": {
         "env_kwargs": {"reach_weight": 60.0, "yaw_weight": 9.0, "success_reward": 3.0, "training_steps": 150},
