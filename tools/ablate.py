@@ -100,6 +100,12 @@ def load_ablation(path: str) -> Ablation:
         if name not in known:
             raise UserError(f"{path}: unknown {shown(name)}; there are {', '.join(known)}")
     ablation = command.args_from(Ablation, content, path)
+    require_possible(ablation, path)
+    return ablation
+
+
+def require_possible(ablation: Ablation, path: str) -> None:
+    """Raises UserError unless variants and seeds differ, and all settings are the script's, with values it takes."""
     if len(ablation.variants) < 2:
         raise UserError(f"{path}: variants must be two or more, the first of which the others are weighed against")
     if len({folder_name(variant, 0) for variant in ablation.variants}) < len(ablation.variants):
@@ -118,7 +124,6 @@ def load_ablation(path: str) -> Ablation:
                 raise UserError(f"{path}: {name} is no setting of {ablation.script} for a variant; see its --help")
             if not command.fits(tuple(value) if isinstance(value, list) else value, types[name]):
                 raise UserError(f"{path}: {name} cannot be {shown(value)}; see {ablation.script}.py --help")
-    return ablation
 
 
 def settings_of(ablation: Ablation, variant: dict) -> dict:
