@@ -1,35 +1,34 @@
-"""PPO for a robot among people, in one file: PyTorch, an occupancy grid and a set of pedestrians.
+"""PPO for social navigation from an occupancy grid and a set of pedestrians, in one file (PyTorch).
 
-The same PPO as in ppo_continuous.py (Schulman et al. 2017) learns to drive through crowds, doorways and corridors. What
-is new is what stands between the observation and the network:
+The PPO of ppo_continuous.py (Schulman et al. 2017) learns to drive through crowds, doorways and corridors. New are the
+features and the encoder between observation and network:
 
-    grid          64 x 64 cells around the robot -> ranges along rays, or convolutions
-    pedestrians   a set: the same small network looks at each, and max and sum make its answers one vector
-    robot, goal   as they are
-    left, right   the policy is symmetric: pi(mirrored obs) = mirrored pi(obs), as mu(o) = (f(o) + M f(M o)) / 2
+    grid          64 x 64 cells around the robot -> ranges along rays, or a CNN
+    pedestrians   a set: a shared MLP embeds each pedestrian; max and sum pooling combine them (Deep Sets)
+    robot, goal   clipped and rescaled
+    symmetry      the mean action is mu(o) = (f(o) + M f(M o)) / 2, where M mirrors left and right
 
-Ranges are read from the grid by a fixed table, so on a CPU they cost next to nothing; convolutions are the published
-design, for a GPU and long runs. Symmetry is not left to be learned (Abdolhosseini et al. 2019): in places that training
-did not show, the policy fails less.
+Ranges along rays come from an index table and are nearly free on a CPU; the CNN is the published design, for GPUs and
+long runs. Symmetry is built in rather than learned (Abdolhosseini et al. 2019), which lowers the failure rate in unseen
+places. The features without parameters are in envs/socnav/features.py.
 
-  train     python ppo_grid_socnav.py                               (10 million steps)
-  resume    python ppo_grid_socnav.py --resume runs/<run>
-  2 cores   torchrun --standalone --nproc-per-node 2 ppo_grid_socnav.py --threads 1         (each with half of the work)
-  evaluate  python ppo_grid_socnav.py --evaluate runs/<run> --eval-episodes 270        (or: --evaluate pursuit-stop)
-  one place python ppo_grid_socnav.py --evaluate runs/<run> --env-kwargs scenario francis2023_blind_corner
-  rewards   python ppo_grid_socnav.py --reward snqi_step [--reward-weights FILE]
-  deploy    runs/<run>/policy.onnx: robot, goal, pedestrians, count, grid -> action in the environment's units
+    train      python ppo_grid_socnav.py                             10 million steps
+    resume     python ppo_grid_socnav.py --resume runs/<run>
+    2 ranks    torchrun --standalone --nproc-per-node 2 ppo_grid_socnav.py --threads 1
+    evaluate   python tools/evaluate.py runs/<run> --episodes 270
+    one map    python tools/evaluate.py runs/<run> --env-kwargs scenario francis2023_blind_corner
+    rewards    python ppo_grid_socnav.py --reward snqi_step [--reward-weights FILE.json]
+    deploy     runs/<run>/policy.onnx maps robot, goal, pedestrians, count and grid to an action inside the action space
 """
 
-from collections import deque
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, pairwise
+from itertools import pairwise
 from math import ceil, inf, log, pi, sqrt
-from operator import itemgetter
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -38,160 +37,106 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import envs
-from envs import command, ranks, rollout, run
-from envs.files import UserError
-from envs.rollout import Deployed, as_numpy
-from envs.run import require_finite
-from envs.socnav import GOAL_RANGE, PEDESTRIAN_RANGE, PEDESTRIAN_SPEED
+from envs import UserError, float32_bounds
+from envs import distributed as dist
+from envs.cli import Steps, main
+from envs.evaluation import DeterministicPolicy, Policy, check_finite, episode_result, is_better
+from envs.run import (
+    NullRun,
+    Run,
+    RunArgs,
+    check_update,
+    compile_function,
+    is_due,
+    load_agent,
+    make_train_envs,
+    policy_contents,
+    restore,
+    restoring,
+    rng_state,
+    set_rng_state,
+    setup,
+)
+from envs.socnav.features import (
+    PEDESTRIAN_DIM,
+    ROBOT_DIM,
+    ROUTE_DIM,
+    mirror_permutation,
+    pack_bits,
+    pedestrian_features,
+    ray_indices,
+    ray_proximity,
+    route_features,
+    unpack_bits,
+)
 
 
-@dataclass
-class Args:
-    env_id: str = "SocNavGrid-v0"
-    """environment, with the observations of SocNavGrid-v0"""
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
-    """arguments of the environment, KEY VALUE ..."""
-    eval_env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
-    """arguments for evaluation only, on top of --env-kwargs"""
-    seed: int = 1
-    """seed of the networks, the environments and the minibatch order"""
-    total_timesteps: int = 10_000_000
-    """environment steps, counted over all environments; an action repeat makes several with one action"""
-    num_envs: int | Literal["auto"] = "auto"
-    """environments stepped in parallel; auto is 256, on a GPU 2048"""
-    num_steps: int = 32
-    """steps per environment between two updates"""
+@dataclass(kw_only=True)
+class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpoints, tracking, device
+    env_id: str = "SocNavGrid-v0"  # environment with the observations of SocNavGrid-v0
+    total_timesteps: Steps = 10_000_000  # environment steps, summed over all environments
+    num_envs: int | Literal["auto"] = "auto"  # number of parallel environments; auto = 256 on CPU, 2048 on GPU
+    num_steps: int = 32  # rollout length per environment
 
-    grid_encoder: Literal["rays", "cnn"] = "rays"
-    """what reads the grid: a fixed table of rays (fast), or a convolutional network (the published design)"""
-    rays: int = 36
-    """with rays: ranges read from each plane of obstacles, an even number"""
-    cnn_channels: tuple[int, ...] = (8, 16, 16)
-    """with cnn: channels of its three layers; 32 64 64 is the published size, for a GPU"""
-    people: int = 8
-    """nearest pedestrians that the policy looks at"""
-    set_units: int = 16
-    """units of the network that looks at each of them"""
-    reward: str = "route_completion"
-    """reward of training: simple, punish_action, snqi_step or route_completion; evaluations pay simple"""
-    reward_weights: str | None = None
-    """JSON file {term: weight} that changes the weights of the reward"""
+    grid_encoder: Literal["rays", "cnn"] = "rays"  # ranges along rays (fast), or a CNN (published design)
+    num_rays: int = 36  # rays: number of rays per obstacle channel (even)
+    cnn_channels: tuple[int, ...] = (8, 16, 16)  # cnn: channels of its three layers; 32 64 64 is the published size
+    num_pedestrians: int = 8  # number of nearest pedestrians that the policy observes
+    pedestrian_hidden: int = 16  # hidden units of the per-pedestrian MLP
+    reward: str = "route_completion"  # training reward: simple, punish_action, snqi_step, route_completion
+    reward_weights: str | None = None  # JSON file {term: weight} that overrides the weights of the reward
 
-    learning_rate: float = 1e-3
-    """learning rate of Adam; usually 1e-4 to 1e-3"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly to zero over the run"""
-    weight_decay: float = 0.0
-    """decoupled weight decay (AdamW); 0 is Adam"""
-    minibatch_size: int = 1024
-    """transitions per gradient step; must divide num_envs * num_steps"""
-    update_epochs: int = 3
-    """passes over each batch; usually 3 to 10"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation; 0 is one-step TD, 1 is Monte Carlo"""
-    clip_coef: float = 0.2
-    """how far the probability ratio may move before its gradient is cut; usually 0.1 to 0.3"""
-    clip_value: bool = False
-    """also clip the change of the value estimate"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """largest norm of the gradient"""
-    target_kl: float | None = None
-    """stop an update once the policy has moved further than this; usually 0.01 to 0.05"""
-    norm_obs: bool = False
-    """normalise observations by their running mean and standard deviation"""
-    norm_reward: bool = True
-    """divide rewards by the running standard deviation of the discounted return"""
-    norm_adv: bool = True
-    """normalise advantages within each minibatch"""
-    group_size: int = 1
-    """environments in the same situation, whose mean advantage is subtracted; 1 for none"""
-    init_log_std: float = -0.7
-    """logarithm of the initial standard deviation of the policy"""
-    final_log_std: float | None = None
-    """move the log standard deviation linearly to this over the run, instead of learning it"""
-    hidden_sizes: tuple[int, ...] = (96, 96)
-    """units in the hidden layers of actor and critic"""
-    critic_warmup: int = 0
-    """first updates that change the critic alone, for a policy that starts from --pretrained"""
-    freeze_normalizer: bool = False
-    """keep the observation statistics that --pretrained brings, instead of following those of the new policy"""
+    learning_rate: float = 1e-3  # learning rate of Adam; usually 1e-4 to 1e-3
+    anneal_lr: bool = True  # decay the learning rate linearly to zero
+    weight_decay: float = 0.0  # decoupled weight decay (AdamW); 0 is Adam
+    minibatch_size: int = 1024  # transitions per gradient step; must divide num_envs * num_steps
+    update_epochs: int = 3  # passes over the rollout per update; usually 3 to 10
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
+    clip_coef: float = 0.2  # clipping range of the probability ratio; usually 0.1 to 0.3
+    clip_vloss: bool = False  # also clip the value estimate to within clip_coef of its old value
+    ent_coef: float = 0.0  # entropy bonus coefficient
+    vf_coef: float = 0.5  # value loss coefficient
+    max_grad_norm: float = 0.5  # maximum gradient norm
+    target_kl: float | None = None  # stop an update early when the approximate KL divergence exceeds this
+    norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
+    norm_adv: bool = True  # normalize advantages within each minibatch
+    init_log_std: float = -0.7  # initial log standard deviation of the policy
+    final_log_std: float | None = None  # anneal the log standard deviation linearly to this instead of learning it
+    hidden_sizes: tuple[int, ...] = (96, 96)  # hidden layer sizes of actor and critic
+    critic_warmup_updates: int = 0  # number of initial updates that train only the critic (for --pretrained)
 
-    device: Literal["auto", "cpu", "cuda"] = "cpu"
-    """where the networks live; auto takes a GPU if there is one, but for networks this small the CPU is faster"""
-    threads: int = 2
-    """CPU threads of PyTorch, in which the simulator is written too; no more than there are idle cores"""
-    compile: bool = False
-    """compile the gradient step with torch.compile (needs a C++ compiler)"""
-    deterministic: bool = False
-    """refuse GPU operations whose result may differ between runs"""
+    threads: int = 2  # CPU threads of PyTorch, which the simulator uses too; at most the number of idle cores
+    eval_every: int = (
+        500_000  # environment steps between evaluations; doubled after 3 million steps; 0 = only at the end
+    )
+    checkpoint_every: int = 500_000  # environment steps between checkpoints; 0 = none
 
-    eval_every: int = 500_000
-    """steps between two evaluations on the validation split; the best one gives best.pt; 0 for only one at the end"""
-    eval_first: int = 0
-    """also evaluate before each of the first updates, so many, into first_evaluations.jsonl: does a clone get worse?"""
-    eval_episodes: int = 100
-    """episodes of an evaluation; 0 for all, where a split has a fixed number"""
-    eval_slow_after: int = 3_000_000
-    """step from which evaluations are twice as far apart"""
-    eval_seed: int = 1
-    """seed of the evaluation episodes; those of training and of the three splits never coincide"""
-    best_metric: str = "success_rate"
-    """what best.pt is chosen by: success_rate, failure_rate, mean_return, or a metric of the task such as snqi"""
-    stop_at_convergence: bool = False
-    """end the run once three evaluations in a row had success >= 0.9 and failure <= 0.05"""
-    checkpoint_every: int = 500_000
-    """steps between two files in checkpoints/; 0 for none"""
-    run_root: str = "runs"
-    """directory that holds the runs"""
-    run_name: str | None = None
-    """name of the run's directory instead of <script>__<environment>__seed<seed>__<time>"""
-    config: str | None = None
-    """JSON file of settings to start from, such as a run's config.json"""
-    resume: str | None = None
-    """checkpoint or run directory to continue, bit for bit; only the total may grow and the place may change"""
-    pretrained: str | None = None
-    """policy file or run to start from, such as a clone: actor, critic and normaliser; the optimiser starts fresh"""
-    track: bool = False
-    """also log to Weights & Biases (offline without a login)"""
-    capture_video: bool = False
-    """record the first episode of each evaluation as videos/*.mp4"""
-    dry_run: bool = False
-    """one rollout, one update, one evaluation of two episodes, all files"""
-
-    evaluate: str | None = None
-    """no training: measure a policy file, a run (its best.pt), pursuit, pursuit-stop or PATH.onnx on the test split"""
-    json: str | None = None
-    """with --evaluate: write the result to this file"""
-    render: Literal["human"] | None = None
-    """with --evaluate: watch it in a window"""
+    preset_keys: ClassVar = ("env_id", "grid_encoder")
 
     @classmethod
-    def tuned(cls, grid_encoder: str = "rays", **overrides: Any) -> "Args":
-        """The settings tuned for an encoder, as the command line takes them; overrides win."""
-        return cls(**{"grid_encoder": grid_encoder, **TUNED.get(grid_encoder, {}), **overrides})
+    def from_preset(cls, name: str | None = None, **overrides: Any) -> "Args":
+        """Args with the values of a preset, by default the one of grid_encoder. Keyword arguments override them."""
+        if name is not None and name not in PRESETS:
+            raise UserError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
+        name = name or overrides.get("grid_encoder", cls.grid_encoder)
+        return cls(**PRESETS.get(name, {}) | overrides)
 
 
-# {encoder: settings that differ from the defaults above}; --grid-encoder X --help shows the values in force.
-TUNED: dict[str, dict] = {
-    "rays": {"env_kwargs": {"grid_channels": "near", "training_margin": 0.1}, "final_log_std": -2.0},
+# {name: values that replace the defaults above}. --grid-encoder X --help shows the result.
+RAYS = {"env_kwargs": {"grid_channels": "near", "training_margin": 0.1}, "final_log_std": -2.0}
+PRESETS: dict[str, dict] = {
+    "rays": RAYS,
     "cnn": {
-        "env_kwargs": {"grid_channels": "near", "training_margin": 0.1}, "final_log_std": -2.0,
-        # a sample of a minibatch of 256 takes less than half the time of one of 1,024, presumably for the cache's sake
-        "total_timesteps": 1_000_000, "minibatch_size": 256, "update_epochs": 2, "learning_rate": 5e-4,
+        **RAYS, "grid_encoder": "cnn", "total_timesteps": 1_000_000, "update_epochs": 2, "learning_rate": 5e-4,
+        "minibatch_size": 256,  # a sample takes less than half the time that it takes in a minibatch of 1,024
     },
 }  # fmt: skip
 
 
 class Normalizer(nn.Module):
-    """Shifts and scales by a running mean and variance. They are buffers: the state_dict, the policy files and the ONNX
-    file contain them, and they stand still unless update is called."""
+    """Normalizes with a running mean and variance. Both are buffers, so the state_dict, policy files and ONNX files
+    include them; only update() changes them."""
 
     def __init__(self, shape: tuple[int, ...] = ()):
         super().__init__()
@@ -204,50 +149,39 @@ class Normalizer(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Merge a batch's mean and variance into the running ones (Chan et al. 1979); x: (batch, *shape)."""
+        """Merge the mean and variance of a batch (batch, *shape) into the running ones (Chan et al. 1979)."""
         n, total = len(x), self.count + len(x)
-        var, mean = torch.var_mean(x, dim=0, correction=0)
-        delta = mean - self.mean
-        self.var.copy_((self.var * self.count + var * n + delta.square() * self.count * n / total) / total)
+        batch_var, batch_mean = torch.var_mean(x, dim=0, correction=0)
+        delta = batch_mean - self.mean
+        m2 = self.var * self.count + batch_var * n + delta.square() * self.count * n / total
+        self.var.copy_(m2 / total)
         self.mean.add_(delta * n / total)
         self.count.add_(n)
 
 
-class VectorNormalizer(Normalizer):
-    """Normalises the first part of a row (robot, goal, ranges); pedestrians and cells have their scale."""
-
-    def __init__(self, sizes: list[int]):
-        super().__init__((sum(sizes),))
-        self.size = sizes[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([super().forward(x)[..., : self.size], x[..., self.size :]], dim=-1)
-
-    def update(self, x: Tensor) -> None:
-        super().update(ranks.joined(x))  # what all processes have seen, if several train together
-
-
 class RewardScaler(nn.Module):
-    """Divides rewards by the running standard deviation of the discounted return so far, R <- gamma R + r."""
+    """Divides rewards by the running standard deviation of the discounted return R <- gamma R + r. The statistics are
+    updated once per rollout."""
 
     def __init__(self, num_envs: int, gamma: float):
         super().__init__()
-        self.gamma, self.stats = gamma, Normalizer()
+        self.gamma = gamma
+        self.stats = Normalizer()
         self.register_buffer("returns", torch.zeros(num_envs))
 
     def forward(self, reward: Tensor, done: Tensor) -> Tensor:
-        """reward, done: (T, N) -> scaled reward (T, N)."""
-        returns, following = [], self.returns
-        for r, ended in zip(reward, done):
-            returns.append(self.gamma * following + r)
-            following = returns[-1] * ~ended  # the next episode starts from zero
-        self.returns.copy_(following)
+        """Scale rewards; all arguments and the result have shape (T, N)."""
+        returns, running_return = [], self.returns
+        for t in range(len(reward)):
+            returns.append(self.gamma * running_return + reward[t])
+            running_return = returns[-1] * ~done[t]  # the next episode starts from zero
+        self.returns.copy_(running_return)
         self.stats.update(torch.cat(returns))
         return (reward * torch.rsqrt(self.stats.var + 1e-8)).clamp(-10, 10)
 
 
 def mlp(sizes: list[int], gain: float) -> nn.Sequential:
-    """Linear layers with tanh between them; orthogonal weights, scaled by `gain` in the last."""
+    """MLP with tanh activations and orthogonal initialization; `gain` scales the last layer."""
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(sizes):
         layer = nn.Linear(n_in, n_out)
@@ -259,502 +193,443 @@ def mlp(sizes: list[int], gain: float) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """What actor and critic, each with one of its own, make of a row (..., obs_dim) that GridAgent.see has written."""
+    """Encodes a feature vector (..., obs_dim) from GridAgent.encode_obs. Actor and critic have separate encoders."""
 
-    def __init__(self, agent: "GridAgent", args: Args):
+    def __init__(self, sizes: list[int], channels: int, grid_size: int, args: Args):
         super().__init__()
-        self.sizes, self.planes, self.size = agent.sizes, agent.planes, agent.size
-        units = args.set_units
-        self.person = nn.Sequential(nn.Linear(PERSON, units), nn.ReLU(), nn.Linear(units, units), nn.ReLU())
-        features = self.sizes[0] + 2 * units
+        self.sizes, self.channels, self.grid_size = sizes, channels, grid_size
+        units = args.pedestrian_hidden
+        self.pedestrian_mlp = nn.Sequential(
+            nn.Linear(PEDESTRIAN_DIM, units), nn.ReLU(), nn.Linear(units, units), nn.ReLU()
+        )
+        self.output_dim = sizes[0] + 2 * units
+        self.cnn: nn.Module | None = None
         if args.grid_encoder == "cnn":
-            layers, channels = [], len(self.planes)
-            for out, kernel in zip(args.cnn_channels, (5, 3, 3)):
-                layers += [nn.Conv2d(channels, out, kernel, stride=2, padding=kernel // 2), nn.ReLU()]
-                channels = out
+            layers, in_channels = [], channels
+            for out_channels, kernel in zip(args.cnn_channels, (5, 3, 3)):
+                layers += [nn.Conv2d(in_channels, out_channels, kernel, stride=2, padding=kernel // 2), nn.ReLU()]
+                in_channels = out_channels
             self.cnn = nn.Sequential(*layers, nn.Flatten())
-            features += self.cnn(torch.zeros(1, len(self.planes), self.size, self.size)).shape[1]
-        self.features = features
+            self.output_dim += self.cnn(torch.zeros(1, channels, grid_size, grid_size)).shape[1]
 
-    def forward(self, row: Tensor) -> Tensor:
-        vector, people, cells = row.split(self.sizes, dim=-1)
-        people = people.unflatten(-1, (-1, PERSON))
-        # A set has no order: the same for each, then the largest and the sum; those who are not there count nothing
-        each = self.person(people) * people[..., -1:]
-        parts = [vector, each.max(-2).values, each.sum(-2)]
-        if cells.shape[-1]:
-            images = unpack(cells.unflatten(-1, (len(self.planes), self.size, -1)), self.size).flatten(0, -4)
-            parts.append(self.cnn(images).reshape(*row.shape[:-1], -1))
+    def forward(self, features: Tensor) -> Tensor:
+        dense_features, pedestrians, packed_grid = features.split(self.sizes, dim=-1)
+        # Permutation-invariant: a shared MLP, masked, then max and sum over the pedestrians
+        pedestrians = pedestrians.unflatten(-1, (-1, PEDESTRIAN_DIM))
+        mask = pedestrians[..., -1:]
+        embeddings = self.pedestrian_mlp(pedestrians) * mask
+        parts = [dense_features, embeddings.max(-2).values, embeddings.sum(-2)]
+        if self.cnn is not None:
+            packed_grid = packed_grid.unflatten(-1, (self.channels, self.grid_size, -1))
+            images = unpack_bits(packed_grid, self.grid_size).flatten(0, -4)
+            parts.append(self.cnn(images).reshape(*features.shape[:-1], -1))
         return torch.cat(parts, dim=-1)
 
 
-def pack(cells: Tensor) -> Tensor:
-    """Rows of 0 and 1 (..., size), eight cells to a number from 0 to 255: (..., size / 8). A rollout keeps a grid that
-    way."""
-    cells = nn.functional.pad(cells, (0, -cells.shape[-1] % 8))
-    return (cells.unflatten(-1, (-1, 8)) * 2 ** torch.arange(8, device=cells.device)).sum(-1)
-
-
-def unpack(numbers: Tensor, size: int) -> Tensor:
-    """The cells again (..., size): the bits of each number."""
-    halved = numbers.unsqueeze(-1) / 2 ** torch.arange(8, device=numbers.device)
-    return halved.floor().remainder(2).flatten(-2)[..., :size]
-
-
-def ray_table(size: int, rays: int) -> Tensor:
-    """Cells that each ray crosses, from the middle outwards: int64 (rays, size / 2), indices into a plane. Rays turn
-    from ahead to the left; the second half mirrors the first."""
-    angle = 2 * pi * (torch.arange(rays // 2, dtype=torch.float64)[:, None] + 0.5) / rays
-    distance = torch.arange(size // 2, dtype=torch.float64) + 0.5  # in cells
-    column, row = ((size / 2 + distance * part).floor().long() for part in (angle.cos(), angle.sin()))
-    mirrored = (size - 1 - row) * size + column
-    return torch.cat([row * size + column, mirrored.flip(0)])
-
-
-SEEN = ("robot", "goal", "pedestrians", "count", "grid")
-ROBOT = 4  # numbers about the robot: forward speed, turn rate, the last action
-WAY = 4  # numbers about the route: the current waypoint and the point 3 m ahead
-PERSON = 8  # numbers about a pedestrian: position (2), velocity (2), distances now and at its nearest, when, presence
-HORIZON = 4.0  # s that it looks ahead
-# What the policy sees ends at 5 m (waypoints) and 8 m (people). Whoever sees more recognises the maps and the crowds of
-# training, and does there by heart what it should do by looking.
-WAY_RANGE, PEOPLE_RANGE = 5.0, 8.0
-
-
 class GridAgent(nn.Module):
-    """A Gaussian policy and a value function of what `see` makes of an observation, a row (..., obs_dim)."""
+    """Gaussian policy and value function over the features (..., obs_dim) that encode_obs computes.
+
+    Args:
+        space: observation space of SocNavGrid-v0.
+        low, high: bounds of the actions.
+        channel_names: names of the grid channels.
+        max_speed: m/s of the robot.
+    """
 
     def __init__(
-        self, space: Dict, low: np.ndarray, high: np.ndarray, channels: tuple[str, ...], max_speed: float,
+        self, space: Dict, low: np.ndarray, high: np.ndarray, channel_names: tuple[str, ...], max_speed: float,
         args: Args,
     ):  # fmt: skip
         super().__init__()
-        self.max_speed = max_speed
-        self.people, self.size = min(args.people, space["pedestrians"].shape[0]), space["grid"].shape[-1]
-        # Rays read each plane of obstacles; convolutions all planes but `combined`, which is two others in one
-        rays = args.grid_encoder == "rays"
-        kinds = ("obstacles", "near") if rays else ("obstacles", "near", "pedestrians")
-        self.planes = [k for k, name in enumerate(channels) if name in kinds]
-        self.register_buffer("table", ray_table(self.size, args.rays), persistent=False)
-        vector = ROBOT + WAY + rays * args.rays * len(self.planes)
-        cells = 0 if rays else len(self.planes) * self.size * ceil(self.size / 8)
-        self.sizes = [vector, self.people * PERSON, cells]
-        self.normalizer = VectorNormalizer(self.sizes) if args.norm_obs else nn.Identity()
-        self.actor = self.network(args, len(low), gain=0.01)  # starts near zero
-        self.critic = self.network(args, 1, gain=1.0)
+        self.use_cnn, self.max_speed = args.grid_encoder == "cnn", max_speed
+        self.num_pedestrians = min(args.num_pedestrians, space["pedestrians"].shape[0])
+        grid_size = space["grid"].shape[-1]
+        # Rays read the obstacle channels; the CNN reads all but `combined`, which is the union of two others
+        readable = ("obstacles", "near", "pedestrians") if self.use_cnn else ("obstacles", "near")
+        self.channel_idx = [i for i, name in enumerate(channel_names) if name in readable]
+        channels, num_rays = len(self.channel_idx), 0 if self.use_cnn else args.num_rays
+        packed_dim = channels * grid_size * ceil(grid_size / 8) if self.use_cnn else 0
+        dense_dim = ROBOT_DIM + ROUTE_DIM + channels * num_rays
+        sizes = [dense_dim, self.num_pedestrians * PEDESTRIAN_DIM, packed_dim]
+        mirror_index, mirror_sign = mirror_permutation(num_rays, self.num_pedestrians, channels, grid_size, packed_dim)
+        self.register_buffer("ray_indices", ray_indices(grid_size, args.num_rays), persistent=False)
+        self.register_buffer("mirror_index", mirror_index, persistent=False)
+        self.register_buffer("mirror_sign", mirror_sign, persistent=False)
+
+        def network(output_dim: int, gain: float) -> nn.Sequential:
+            encoder = Encoder(sizes, channels, grid_size, args)
+            return nn.Sequential(encoder, mlp([encoder.output_dim, *args.hidden_sizes, output_dim], gain))
+
+        self.actor = network(len(low), gain=0.01)  # the initial mean action is near zero
+        self.critic = network(1, gain=1.0)
         self.log_std = nn.Parameter(torch.full((len(low),), args.init_log_std))
-        for name, values in zip(("source", "sign"), self.mirrored_row()):
-            self.register_buffer(name, values, persistent=False)
-        self.weights = list(self.parameters())  # listed once: to search the modules takes 3 % of a gradient step
-        self.register_buffer("center", torch.as_tensor((high + low) / 2))
-        self.register_buffer("scale", torch.as_tensor((high - low) / 2))
-
-    def network(self, args: Args, outputs: int, gain: float) -> nn.Sequential:
-        encoder = Encoder(self, args)
-        return nn.Sequential(encoder, mlp([encoder.features, *args.hidden_sizes, outputs], gain))
-
-    def mirrored_row(self) -> tuple[Tensor, Tensor]:
-        """Where each number of a row comes from, and with which sign, when left and right are swapped."""
-        vector, people, cells = torch.arange(sum(self.sizes)).split(self.sizes)
-        ours, ranges = vector.split([ROBOT + WAY, len(vector) - ROBOT - WAY])
-        ranges = ranges.reshape(len(self.planes), -1).flip(1)  # the last ray is the first one mirrored
-        cells = cells.reshape(len(self.planes), self.size, -1).flip(1)  # rows grow to the left
-        forward_left = torch.tensor([1.0, -1.0])
-        person = torch.cat([forward_left.repeat(2), torch.ones(PERSON - 4)])
-        sign = torch.ones(sum(self.sizes))
-        sign[: len(ours)] = forward_left.repeat(len(ours) // 2)
-        sign[people] = person.repeat(self.people)
-        return torch.cat([ours, ranges.flatten(), people, cells.flatten()]), sign
-
-    def mean(self, obs: Tensor) -> Tensor:
-        """The middle of the Gaussian (..., 2). The actor looks at each situation and at its mirror image."""
-        both = torch.stack([obs, obs[..., self.source] * self.sign])
-        action, mirrored = self.actor(self.normalizer(both))
-        return (action + mirrored * self.sign[:2]) / 2  # forward keeps its sign, left changes it
-
-    def see(self, obs: dict[str, Tensor]) -> Tensor:
-        """What the policy looks at, as one row (N, obs_dim). Nothing here is learned, so it is done once, as an
-        observation arrives."""
-        robot, goal, pedestrians, count, grid = (obs[name] for name in SEEN)
-        waypoint, ahead = GOAL_RANGE * goal[:, :2], GOAL_RANGE * goal[:, 4:6]  # m
-        waypoint = waypoint / waypoint.square().sum(1, keepdim=True).sqrt().clamp(min=WAY_RANGE)
-        people = self.people_features(pedestrians[:, : self.people], count, robot[:, :1]).flatten(1)
-        planes = grid[:, self.planes]
-        if self.sizes[2]:
-            return torch.cat([robot, waypoint, ahead / 3, people, pack(planes).flatten(1).to(robot)], dim=1)
-        return torch.cat([robot, waypoint, ahead / 3, self.closeness(planes).to(robot), people], dim=1)
-
-    def people_features(self, pedestrians: Tensor, count: Tensor, speed: Tensor) -> Tensor:
-        """PERSON numbers (N, people, PERSON) about each: where it is, how it moves as seen from the robot, and how near
-        it will come, and when, if both go on as they do. Zeros for those who are not there, or too far away."""
-        position, velocity = PEDESTRIAN_RANGE * pedestrians[..., :2], PEDESTRIAN_SPEED * pedestrians[..., 2:]
-        velocity = velocity - torch.stack([speed * self.max_speed, torch.zeros_like(speed)], dim=-1)
-        distance = position.square().sum(-1, keepdim=True).sqrt()
-        meeting = -(position * velocity).sum(-1, keepdim=True) / (velocity.square().sum(-1, keepdim=True) + 1e-6)
-        meeting = meeting.clamp(0.0, HORIZON)  # s
-        nearest = (position + meeting * velocity).square().sum(-1, keepdim=True).sqrt()
-        near = [torch.exp(-distance / 2), torch.exp(-nearest), meeting / HORIZON]
-        present = torch.arange(self.people, device=count.device).unsqueeze(-1) < count.unsqueeze(-1)
-        features = torch.cat([position / 4, velocity, *near, torch.ones_like(distance)], dim=-1)
-        return features * (present & (distance < PEOPLE_RANGE))
-
-    def closeness(self, planes: Tensor) -> Tensor:
-        """Along each ray of each plane, 1 for a solid cell beside the robot down to 0 for none: (N, planes * rays)."""
-        reach = self.table.shape[1]
-        planes = planes.flatten(2)
-        crossed = planes.gather(2, self.table.flatten().expand(*planes.shape[:2], -1)).unflatten(2, self.table.shape)
-        dtype = torch.uint8 if reach < 256 else torch.int16
-        first = (crossed * torch.arange(reach, 0, -1, dtype=dtype, device=planes.device)).amax(-1)
-        return first.flatten(1) / reach
+        self.register_buffer("action_low", torch.as_tensor(low))
+        self.register_buffer("action_high", torch.as_tensor(high))
+        self.register_buffer("action_bias", torch.as_tensor((high + low) / 2))
+        self.register_buffer("action_scale", torch.as_tensor((high - low) / 2))
 
     def forward(self, robot: Tensor, goal: Tensor, pedestrians: Tensor, count: Tensor, grid: Tensor) -> Tensor:
-        """The deployed policy: the most likely action for a raw observation, inside the environment's bounds."""
-        row = self.see(dict(zip(SEEN, (robot, goal, pedestrians, count, grid))))
-        return self.bounded(self.mean(row))
+        """Deterministic policy: the mean action for a raw observation, scaled and clipped to the action space."""
+        obs = {"robot": robot, "goal": goal, "pedestrians": pedestrians, "count": count, "grid": grid}
+        return self.scale_action(self.action_mean(self.encode_obs(obs)))
 
-    def bounded(self, action: Tensor) -> Tensor:
-        """The Gaussian's own units, where [-1, 1] is the whole range, to the environment's, inside its bounds."""
-        return self.center + self.scale * action.clamp(-1, 1)
+    def encode_obs(self, obs: dict[str, Tensor]) -> Tensor:
+        """Convert a raw observation to features (N, obs_dim). Without parameters, it runs once per environment step."""
+        robot, grid = obs["robot"], obs["grid"][:, self.channel_idx]
+        route = route_features(obs["goal"])
+        nearest = obs["pedestrians"][:, : self.num_pedestrians]
+        pedestrians = pedestrian_features(nearest, obs["count"], robot[:, :1] * self.max_speed).flatten(1)
+        if self.use_cnn:
+            return torch.cat([robot, route, pedestrians, pack_bits(grid).flatten(1).to(robot)], dim=1)
+        return torch.cat([robot, route, ray_proximity(grid, self.ray_indices).to(robot), pedestrians], dim=1)
 
-    def sample(self, obs: Tensor) -> Tensor:
-        mean = self.mean(obs)
+    def action_mean(self, features: Tensor) -> Tensor:
+        """Mean action (..., 2), symmetrized: (f(o) + M f(M o)) / 2."""
+        both = torch.stack([features, features[..., self.mirror_index] * self.mirror_sign])
+        action, mirrored = self.actor(both)
+        return (action + mirrored * self.mirror_sign[:2]) / 2  # mirroring keeps the first action and negates the second
+
+    def scale_action(self, action: Tensor) -> Tensor:
+        """Map [-1, 1] to [low, high]. Clipping comes last, so that rounding cannot leave the action space."""
+        return torch.clamp(self.action_bias + self.action_scale * action, self.action_low, self.action_high)
+
+    def sample(self, features: Tensor) -> Tensor:
+        """Sample an action before scaling and clipping, which is what its log-probability refers to."""
+        mean = self.action_mean(features)
         return mean + self.log_std.exp() * torch.randn_like(mean)
 
-    def value(self, obs: Tensor) -> Tensor:
-        return self.critic(self.normalizer(obs)).squeeze(-1)
+    def value(self, features: Tensor) -> Tensor:
+        return self.critic(features).squeeze(-1)
 
-    def evaluate_actions(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log pi(action | obs) (...), the policy's entropy () and V(obs) (...)."""
-        # log N(a; mu, sigma) = -z^2 / 2 - log sigma - log(2 pi) / 2 with z = (a - mu) / sigma, summed over components
-        z = (action - self.mean(obs)) / self.log_std.exp()
+    def evaluate_actions(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log pi(action | obs) (...), the entropy of the policy () and V(obs) (...)."""
+        # log N(a; mu, sigma) = -z^2 / 2 - log sigma - log(2 pi) / 2, summed over dimensions, with z = (a - mu) / sigma
+        z = (action - self.action_mean(features)) / self.log_std.exp()
         log_scale = (self.log_std + 0.5 * log(2 * pi)).sum()
         logprob = -0.5 * z.square().sum(-1) - log_scale
+        # The entropy of a Gaussian is log sigma + log(2 pi e) / 2 per dimension, whatever the state
         entropy = log_scale + 0.5 * len(self.log_std)
-        return logprob, entropy, self.value(obs)
+        return logprob, entropy, self.value(features)
 
 
-class Transitions(NamedTuple):
-    """The transitions of one rollout, each field (T, N, ...); index t holds transition t only."""
+@dataclass
+class Rollout:
+    """T steps in N environments. Every field has shape (T, N, ...); index t is one complete transition."""
 
     obs: Tensor
-    action: Tensor  # as it was drawn, unclipped: that is what its log-probability belongs to
-    next_obs: Tensor  # where the action led, never the first observation of the next episode
+    action: Tensor  # the sampled action before clipping
+    next_obs: Tensor  # the true successor, also at the end of an episode
     reward: Tensor
     terminated: Tensor
     done: Tensor  # terminated or truncated
 
 
 @torch.no_grad()
-def collect(
-    agent: GridAgent, vec: VectorEnv, args: Args, obs: Tensor, step: int, device: torch.device
-) -> tuple[Transitions, Tensor, list[dict]]:
-    """Play num_steps steps in every environment from what it sees, obs (N, obs_dim), on. Returns the batch, the next
-    obs, finished episodes."""
+def collect_rollout(
+    agent: GridAgent, envs: VectorEnv, obs: Tensor, step: int, args: Args
+) -> tuple[Rollout, Tensor, list[dict]]:
+    """Step all environments num_steps times from the features obs (N, obs_dim). Return the rollout, the next features
+    and the finished episodes.
+
+    The environments reset in the step that ends an episode (SAME_STEP autoreset), and info["final_obs"] holds the last
+    observation of the episode. So each transition has its true successor, and the last step needs no special case.
+    """
+    device = agent.log_std.device
     transitions, episodes = [], []
     for _ in range(args.num_steps):
         action = agent.sample(obs)
-        bounded = agent.bounded(action)
-        new, reward, terminated, truncated, info = vec.step(bounded if vec.on_gpu else bounded.cpu().numpy())
-        new_obs = agent.see(tensors(new, device))
+        scaled_action = agent.scale_action(action)
+        raw_obs, reward, terminated, truncated, info = envs.step(
+            scaled_action if envs.on_gpu else scaled_action.cpu().numpy()
+        )
+        new_obs = agent.encode_obs(to_tensors(raw_obs, device))
         step += args.num_envs
-        require_finite("observation", as_numpy(new_obs), step)
-        require_finite("reward", as_numpy(reward), step)
+        check_finite("observation", new_obs, f"step {step}")
+        check_finite("reward", reward, f"step {step}")
 
         reward, terminated, truncated = (torch.as_tensor(x, device=device) for x in (reward, terminated, truncated))
         done, next_obs = terminated | truncated, new_obs
         if done.any():
             ended = done.nonzero().flatten()
-            final_obs = {name: x[ended] for name, x in tensors(info["final_obs"], device).items()}
-            next_obs = new_obs.index_copy(0, ended, agent.see(final_obs))
-            require_finite("final observation", as_numpy(next_obs), step)
-            episodes += [{"step": step, **rollout.episode_result(info, i)} for i in ended.tolist()]
+            final_obs = {name: x[ended] for name, x in to_tensors(info["final_obs"], device).items()}
+            next_obs = new_obs.index_copy(0, ended, agent.encode_obs(final_obs))
+            check_finite("final observation", next_obs, f"step {step}")
+            for i in ended.tolist():
+                episodes.append({"step": step, **episode_result(info, i)})
         transitions.append((obs, action, next_obs, reward, terminated, done))
         obs = new_obs
-    return Transitions(*map(torch.stack, zip(*transitions))), obs, episodes
+    return Rollout(*map(torch.stack, zip(*transitions))), obs, episodes
 
 
-def tensors(obs: dict, device: torch.device) -> dict[str, Tensor]:
-    """An observation as tensors on the device; without a copy where they are already."""
+def to_tensors(obs: dict, device: torch.device) -> dict[str, Tensor]:
+    """Convert an observation to tensors on the device, without a copy if they are there already."""
     return {name: torch.as_tensor(x, device=device) for name, x in obs.items()}
 
 
-def gae(
-    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float
-) -> Tensor:
-    """Generalised advantage estimation (Schulman et al. 2016) (T, N) from fields (T, N).
+def gae(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, args: Args) -> Tensor:
+    """Generalized advantage estimation (Schulman et al. 2016). All tensors and the result have shape (T, N).
 
-    next_value[t] is V of the state that action t led to, also at the end of an episode: a time limit bootstraps like
-    any other step, and only a terminal state is worth zero."""
-    # delta_t = r_t + gamma V(s_t+1) - V(s_t), with V = 0 after a terminal state
-    delta = reward + gamma * next_value * ~terminated - value
-    # A_t = delta_t + gamma lambda A_t+1, cut where the episode ended
-    decay = gamma * gae_lambda * (~done).to(delta)
-    advantage, following = torch.zeros_like(delta), torch.zeros_like(delta[0])
+    next_value[t] is V(next_obs[t]). Truncated episodes bootstrap from it; terminated episodes do not.
+    """
+    # delta_t = r_t + gamma V(s_{t+1}) - V(s_t), with V = 0 after a terminal state
+    delta = reward + args.gamma * next_value * ~terminated - value
+    not_done = (~done).float()
+    advantage = torch.zeros_like(delta)
+    last_advantage = torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):
-        advantage[t] = following = delta[t] + decay[t] * following
+        # A_t = delta_t + gamma lambda A_{t+1} within an episode
+        last_advantage = delta[t] + args.gamma * args.gae_lambda * not_done[t] * last_advantage
+        advantage[t] = last_advantage
     return advantage
 
 
-def group_mean(advantage: Tensor, group_size: int) -> Tensor:
-    """At each step the mean over the group_size neighbours that are in the same situation, (T, N) -> (T, N).
-
-    Without it an advantage says what one's own actions made better than the others' did: what befalls all goes out."""
-    return advantage.unflatten(1, (-1, group_size)).mean(2).repeat_interleave(group_size, dim=1)
+Batch = dict[str, Tensor]  # every entry has shape (batch, ...)
 
 
-STATS = ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction")
+@torch.no_grad()
+def make_batch(agent: nn.Module, rollout: Rollout, args: Args) -> Batch:
+    """Compute advantages, returns and the log-probabilities of the old policy, with batch size T * N."""
+    logprob, _, value = agent.evaluate_actions(rollout.obs, rollout.action)
+    next_value = agent.value(rollout.next_obs)
+    advantage = gae(rollout.reward, value, next_value, rollout.terminated, rollout.done, args)
+    returns = advantage + value
+    return {
+        "obs": rollout.obs.flatten(0, 1),
+        "action": rollout.action.flatten(0, 1),
+        "logprob": logprob.flatten(),
+        "advantage": advantage.flatten(),
+        "returns": returns.flatten(),
+        "value": value.flatten(),
+    }
 
 
-def ppo_loss(agent: nn.Module, args: Args, critic_only: bool, *minibatch: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of one minibatch, and the statistics named in STATS. With critic_only it is the critic's part alone."""
-    obs, action, old_logprob, advantage, target, old_value = minibatch
-    logprob, entropy, value = agent.evaluate_actions(obs, action)
-    # r = pi(a | s) / pi_old(a | s)
-    log_ratio = logprob - old_logprob
+def ppo_loss(agent: nn.Module, minibatch: Batch, args: Args, critic_only: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of one minibatch and its statistics. With critic_only, the loss is the value loss alone."""
+    logprob, entropy, value = agent.evaluate_actions(minibatch["obs"], minibatch["action"])
+    log_ratio = logprob - minibatch["logprob"]
     ratio = log_ratio.exp()
 
-    # L_clip = E[min(r A, clip(r, 1 - eps, 1 + eps) A)]
+    # L_policy = -E[min(r A, clip(r, 1 - eps, 1 + eps) A)]
+    advantage = minibatch["advantage"]
     if args.norm_adv:
         std, mean = torch.std_mean(advantage)
         advantage = (advantage - mean) / (std + 1e-8)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(advantage * ratio, advantage * clipped_ratio).mean()
 
-    # L_value = E[(V - target)^2] / 2; with clipping the larger of the errors with V and with V kept near its old value
-    value_error = (value - target).square()
-    if args.clip_value:
+    # L_value = E[(V - R)^2] / 2; with clipping, the larger of the errors of V and of V clipped around its old value
+    value_error = (value - minibatch["returns"]).square()
+    if args.clip_vloss:
+        old_value = minibatch["value"]
         clipped_value = value.clamp(old_value - args.clip_coef, old_value + args.clip_coef)
-        value_error = torch.max(value_error, (clipped_value - target).square())
+        value_error = torch.max(value_error, (clipped_value - minibatch["returns"]).square())
     value_loss = 0.5 * value_error.mean()
 
     # L = L_policy + c_v L_value - c_e H[pi]
     loss = args.vf_coef * value_loss
     if not critic_only:
-        loss = loss + policy_loss
-        if args.ent_coef > 0:
-            loss = loss - args.ent_coef * entropy
-    with torch.no_grad():
-        approx_kl = (ratio - 1 - log_ratio).mean()  # unbiased and never negative: http://joschu.net/blog/kl-approx.html
-        clip_fraction = (ratio != clipped_ratio).float().mean()
-        return loss, torch.stack([policy_loss, value_loss, -entropy, approx_kl, clip_fraction])
+        loss = loss + policy_loss - args.ent_coef * entropy
+    stats = {
+        "policy_gradient_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy_loss": -entropy,
+        "approx_kl": (ratio - 1 - log_ratio).mean(),  # http://joschu.net/blog/kl-approx.html
+        "clip_fraction": (ratio != clipped_ratio).float().mean(),
+    }
+    return loss, {name: x.detach() for name, x in stats.items()}
 
 
-def compute_gradient(agent: nn.Module, args: Args, critic_only: bool, *minibatch: Tensor) -> Tensor:
-    """Leaves the clipped gradient of the loss in the agent's parameters. --compile compiles this function."""
-    loss, stats = ppo_loss(agent, args, critic_only, *minibatch)
+def backward(
+    agent: nn.Module, parameters: list[Tensor], minibatch: Batch, args: Args, critic_only: bool
+) -> dict[str, Tensor]:
+    """Compute the gradient and clip its norm; the result is in each parameter's .grad. --compile compiles this."""
+    loss, stats = ppo_loss(agent, minibatch, args, critic_only)
     loss.backward()
-    nn.utils.clip_grad_norm_(agent.weights, args.max_grad_norm, foreach=False)  # the loop compiles to faster code
+    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=False)  # foreach=False compiles to faster code
     return stats
 
 
-def joint_gradient(gradient: Callable, agent: nn.Module, args: Args, critic_only: bool, *minibatch: Tensor) -> Tensor:
-    """compute_gradient on the minibatches of all processes as if they were one: the moments of the advantages, the
-    gradient before it is clipped and the statistics are taken over all of them."""
-    obs, action, old_logprob, advantage, target, old_value = minibatch
+def all_reduce_backward(
+    backward_fn: Callable, agent: nn.Module, parameters: list[Tensor], minibatch: Batch, args: Args, critic_only: bool
+) -> dict[str, Tensor]:
+    """Data-parallel backward: advantages are normalized, and gradients and statistics averaged, over all ranks."""
     if args.norm_adv:
-        std, mean = torch.std_mean(ranks.joined(advantage))
-        advantage = (advantage - mean) / (std + 1e-8)
-    own = replace(args, norm_adv=False, max_grad_norm=inf)  # both are done here, for all
-    stats = gradient(agent, own, critic_only, obs, action, old_logprob, advantage, target, old_value)
-    gradients = [weight.grad for weight in agent.weights if weight.grad is not None]
-    joint = ranks.mean(nn.utils.parameters_to_vector([*gradients, stats]))
-    nn.utils.vector_to_parameters(joint[: -len(STATS)], gradients)
-    nn.utils.clip_grad_norm_(agent.weights, args.max_grad_norm, foreach=False)
-    return joint[-len(STATS) :]
+        std, mean = torch.std_mean(dist.all_gather(minibatch["advantage"]))
+        minibatch = {**minibatch, "advantage": (minibatch["advantage"] - mean) / (std + 1e-8)}
+    local_args = replace(args, norm_adv=False, max_grad_norm=inf)  # normalization and clipping are global
+    stats = backward_fn(agent, parameters, minibatch, local_args, critic_only)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # One exchange for all: the gradients, then the statistics
+    average = dist.all_reduce_mean(nn.utils.parameters_to_vector([*gradients, *stats.values()]))
+    nn.utils.vector_to_parameters(average[: -len(stats)], gradients)
+    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=False)
+    return dict(zip(stats, average[-len(stats) :]))
 
 
-def update(
-    agent: nn.Module, optimizer: Optimizer, gradient: Callable, args: Args, critic_only: bool, data: tuple[Tensor, ...]
-) -> Tensor:
-    """All epochs over one batch. Returns the mean of STATS over its minibatches."""
-    history = []
-    for _ in range(args.update_epochs):
-        order = torch.randperm(len(data[0]), device=data[0].device)
-        for minibatch in zip(*(x[order].split(args.minibatch_size) for x in data)):
-            optimizer.zero_grad()
-            stats = gradient(agent, args, critic_only, *minibatch)
-            history.append(stats)
-            if args.target_kl is not None and stats[STATS.index("approx_kl")] > args.target_kl:
-                return torch.stack(history).mean(0)
-            optimizer.step()
-    return torch.stack(history).mean(0)
-
-
-def learn(
-    agent: nn.Module, optimizer: Optimizer, gradient: Callable, args: Args, batch: Transitions, critic_only: bool
+def ppo_update(
+    agent: nn.Module, optimizer: Optimizer, backward_fn: Callable, batch: Batch, args: Args, critic_only: bool
 ) -> dict[str, float]:
-    """Values, advantages and targets of a batch, then the update with them. Returns the train/ scalars."""
-    # The first batch was sampled without statistics. Take them before the update, so that the networks never train on
-    # raw scales; the policy that sampled was near zero all the same (its last layer begins with gain 0.01).
-    first = args.norm_obs and agent.normalizer.count == 0
-    if first:
-        agent.normalizer.update(batch.obs.flatten(0, 1))
-
-    with torch.no_grad():
-        logprob, _, value = agent.evaluate_actions(batch.obs, batch.action)
-        next_value = agent.value(batch.next_obs)
-    advantage = gae(batch.reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
-    target = advantage + value
-    if args.group_size > 1:
-        advantage = advantage - group_mean(advantage, args.group_size)
-    data = tuple(x.flatten(0, 1) for x in (batch.obs, batch.action, logprob, advantage, target, value))
-    stats = update(agent, optimizer, gradient, args, critic_only, data)
-
-    # Only now, so that old and new log-probabilities saw the same observations; not while the policy must stand still
-    if args.norm_obs and not (first or critic_only or args.freeze_normalizer):
-        agent.normalizer.update(batch.obs.flatten(0, 1))
-    return {
-        **{f"train/{name}": x for name, x in zip(STATS, stats.tolist(), strict=True)},
-        "train/explained_variance": 1 - ((target - value).var() / target.var()).item(),
-        "train/learning_rate": optimizer.param_groups[0]["lr"],
-    }
+    """Run update_epochs passes over the batch in shuffled minibatches. Return the mean statistics."""
+    parameters = list(agent.parameters())
+    stats_list: list[dict[str, Tensor]] = []
+    kl_exceeded = False
+    for _ in range(args.update_epochs):
+        indices = torch.randperm(len(batch["obs"]), device=batch["obs"].device)
+        minibatches = {name: x[indices].split(args.minibatch_size) for name, x in batch.items()}
+        for i in range(len(minibatches["obs"])):
+            optimizer.zero_grad()
+            minibatch = {name: x[i] for name, x in minibatches.items()}
+            stats = backward_fn(agent, parameters, minibatch, args, critic_only)
+            stats_list.append(stats)
+            kl_exceeded = args.target_kl is not None and stats["approx_kl"].item() > args.target_kl
+            if kl_exceeded:
+                break
+            optimizer.step()
+        if kl_exceeded:
+            break
+    mean_stats = {name: torch.stack([stats[name] for stats in stats_list]).mean().item() for name in stats_list[0]}
+    unexplained = (batch["returns"] - batch["value"]).var() / batch["returns"].var()
+    return {**mean_stats, "explained_variance": 1 - unexplained.item()}
 
 
-def make_grid_agent(vec: VectorEnv, args: Args) -> GridAgent:
-    envs.require_grid(vec)
-    space = vec.single_action_space
-    if not {"obstacles", "near"} & {*vec.grid.channels}:
-        raise UserError(f"the policy reads obstacles or near, not {', '.join(vec.grid.channels)}; add to grid_channels")
-    return GridAgent(vec.single_observation_space, space.low, space.high, vec.grid.channels, vec.robot.max_speed, args)
+def make_grid_agent(envs: VectorEnv, args: Args) -> GridAgent:
+    """Raises UserError if the observations are not those of SocNavGrid-v0 or have no channel that the policy reads."""
+    space = envs.single_observation_space
+    if not isinstance(space, Dict) or "grid" not in space.spaces:
+        raise UserError("observations must be those of SocNavGrid-v0; ppo_continuous.py takes flat ones")
+    if not any(name in envs.grid.channels for name in ("obstacles", "near")):
+        raise UserError(
+            f"the policy needs the grid channel obstacles or near, not only {', '.join(envs.grid.channels)}"
+        )
+    low, high = float32_bounds(envs.single_action_space)
+    return GridAgent(space, low, high, envs.grid.channels, envs.robot.max_speed, args)
 
 
-def with_reward(args: Args) -> Args:
-    """With the reward among the arguments of the environment.
-
-    Raises:
-        UserError: a setting of this script's own that cannot work.
-    """
-    if args.rays < 2 or args.rays % 2:
-        raise UserError(f"--rays must be an even number, half of them on either side, not {args.rays}")
-    for name in ("people", "set_units"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if len(args.cnn_channels) != 3 or min(args.cnn_channels) < 1:
-        raise UserError(f"--cnn-channels must be three numbers above 0, not {args.cnn_channels}")
+def check_grid_args(args: Args) -> Args:
+    """Check the settings of this script. Returns them with a number for --num-envs auto."""
+    if args.num_rays < 2 or args.num_rays % 2:
+        raise UserError(f"--num-rays must be even, half of the rays on either side, not {args.num_rays}")
+    if len(args.cnn_channels) != 3:
+        raise UserError(f"--cnn-channels must be three numbers, not {args.cnn_channels}")
     for name in ("reward", "reward_weights", "device"):
-        if name in {**args.env_kwargs, **args.eval_env_kwargs} and args.resume is None:
-            raise UserError(f"{name} is not for --env-kwargs: --{name.replace('_', '-')} sets it; leave it out")
-    if args.env_id != "SocNavGrid-v0":
-        envs.require_grid(envs.make_vec(args.env_id, 1, training=False))
-    weights = {} if args.reward_weights is None else {"reward_weights": args.reward_weights}
-    return replace(args, env_kwargs={**args.env_kwargs, "reward": args.reward, **weights})
+        if name in args.env_kwargs or name in args.eval_env_kwargs:
+            raise UserError(f"--env-kwargs {name}: use --{name.replace('_', '-')}")
+    if args.num_envs == "auto":
+        use_gpu = args.device != "cpu" and torch.cuda.is_available()
+        args = replace(args, num_envs=2048 if use_gpu else 256)
+    return args
 
 
-def train(args: Args) -> dict:
-    """Run PPO as args say. Returns what summary.json holds.
+def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None = None) -> dict:
+    """Train PPO and return the contents of summary.json. torchrun starts several processes (ranks), which divide the
+    environments and minibatches among them.
+
+    Args:
+        args: the settings.
+        on_evaluation: called with (step, evaluation) after each evaluation; returning True ends the run.
 
     Raises:
-        UserError: args, a file they name or the environment cannot work.
-        FloatingPointError: observations, rewards, losses or parameters are not finite.
+        UserError: invalid arguments, an unreadable file or an unsupported environment.
+        FloatingPointError: a non-finite observation, reward, statistic or parameter.
     """
-    args = ranks.join(command.checked(with_reward(args)))
-    own_args = ranks.own_part(args)  # of several processes each has its share of the environments and minibatches
-    batch_size = command.steps_per_rollout(args)
-    iterations = args.total_timesteps // batch_size
-    resumed = command.load_to_resume(args, iterations * batch_size, kind="policy")
-    device = run.prepare_torch(args)
+    args, device = setup(check_grid_args(args), distributed=True)
     torch.set_num_threads(args.threads)
-    vec = envs.make_training(own_args, flat=False, device=device.type)
-    agent = make_grid_agent(vec, args).to(device)
-    rollout.require_metric(args.best_metric, vec)
+    dist.init_process_group(args)
+    local_args = dist.local_args(args)  # this rank's number of environments and minibatch size
+    reward_kwargs = {"reward": args.reward} | ({"reward_weights": args.reward_weights} if args.reward_weights else {})
+    envs = make_train_envs(local_args, flat=False, device=device.type, **reward_kwargs)
+    agent = make_grid_agent(envs, args).to(device)
+    if args.final_log_std is not None:
+        agent.log_std.requires_grad_(False)
     adam = {"lr": args.learning_rate, "eps": 1e-5, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(agent.parameters(), **adam)
-    scaler = RewardScaler(args.num_envs, args.gamma).to(device)
-    gradient = run.compiled(compute_gradient) if args.compile else compute_gradient
-    if ranks.count() > 1:
-        gradient = partial(joint_gradient, gradient)
-        ranks.draw_apart(args.seed)  # networks begin alike, what follows is each process's own
-    first, _ = vec.reset(seed=ranks.seeds(args))
-    step, best, recent, evaluations = 0, None, deque(maxlen=100), []
+    reward_scaler = RewardScaler(args.num_envs, args.gamma).to(device)
+    backward_fn = compile_function(backward) if args.compile else backward
+    if dist.world_size() > 1:
+        backward_fn = partial(all_reduce_backward, backward_fn)
+    dist.seed_rank(args.seed)  # all ranks have the same initial weights; from here on their random numbers differ
+    step, best = 0, None
+    raw_obs, _ = envs.reset(seed=dist.local_seeds(args))
 
-    if resumed is not None:
-        run.load_agent(agent, resumed, args, args.resume)
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["reward_scaler"])
-        step, best, evaluations = resumed["step"], resumed["best"], resumed.get("evaluations", [])
-        recent.extend(resumed["recent"])
-        own_state = ranks.own_state(resumed, args.resume)
-        first = vec.load_state_dict(own_state["envs"])
-        run.set_rng_state(own_state["rng"])
-    elif args.pretrained is not None:
-        run.load_agent(agent, run.load_policy(args.pretrained, kind="policy"), args, args.pretrained)
-    obs = agent.see(tensors(first, device))
+    checkpoint = restore(args, "policy", agent, optimizer=optimizer, reward_scaler=reward_scaler)
+    if checkpoint:  # --resume
+        step, best = checkpoint["step"], checkpoint["best"]
+        with restoring(args.resume):
+            local_state = dist.local_state(checkpoint)
+            raw_obs = envs.load_state_dict(local_state["envs"])
+            set_rng_state(local_state["rng"])
+    obs = agent.encode_obs(to_tensors(raw_obs, device))
 
-    def checkpoint() -> dict:
-        own, *others = ranks.gather({"envs": vec.state_dict(), "rng": run.rng_state()})
+    def policy() -> dict:
+        return policy_contents("policy", Path(__file__).stem, args, agent, step)
+
+    def state() -> dict:
+        """The contents of a checkpoint: the policy and what else --resume needs. All ranks must call this."""
+        local_states = dist.all_gather_object({"envs": envs.state_dict(), "rng": rng_state()})
         return {
-            # this part is a policy file
-            "kind": "policy", "env_id": args.env_id, "env_kwargs": args.env_kwargs, "args": asdict(args),
-            "agent": agent.state_dict(), "step": step,
-            # and the rest is what resuming needs
-            "optimizer": optimizer.state_dict(), "reward_scaler": scaler.state_dict(), "evaluations": evaluations,
-            "recent": list(recent), "best": best, **own, "other_ranks": others,
-        }  # fmt: skip
+            **policy(),
+            "optimizer": optimizer.state_dict(),
+            "reward_scaler": reward_scaler.state_dict(),
+            "best": best,
+            "envs": local_states[0]["envs"],
+            "rng": local_states[0]["rng"],
+            "other_ranks": local_states[1:],
+        }
 
-    about = "ppo_grid_socnav", args, device, resumed, iterations * batch_size
-    # All processes do the same; the first one evaluates and writes
-    with run.Run(*about) if ranks.rank() == 0 else ranks.Unwritten() as record:
-        for iteration in range(step // batch_size + 1, iterations + 1):
-            record.snapshot = deepcopy(checkpoint())
-            if iteration <= args.eval_first:
-                record.look(step, ranks.once(rollout.evaluate, Deployed(agent), args, "validation"))
-            progress = (iteration - 1) / iterations
+    # Every rank trains; only rank 0 evaluates and writes files
+    script, total_steps = Path(__file__).stem, args.num_iterations * args.batch_size
+    with Run(script, args, total_steps, checkpoint) if dist.rank() == 0 else NullRun() as run:
+        stop = dist.broadcast_from_rank0(lambda: run.converged)  # a resumed run may have converged before
+        for iteration in range(step // args.batch_size + 1, args.num_iterations + 1):
+            if stop:
+                break
+            progress = (iteration - 1) / args.num_iterations
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
             if args.final_log_std is not None:
-                log_std = (1 - progress) * args.init_log_std + progress * args.final_log_std
-                agent.log_std.requires_grad_(False).fill_(log_std)
-            batch, obs, episodes = collect(agent, vec, args, obs, step, device)
-            episodes = sorted(chain(*ranks.gather(episodes)), key=itemgetter("step"))  # those of all processes
-            recent.extend(episodes)
-            if args.norm_reward:  # one scaler for all, equal in each process
-                reward = scaler(ranks.joined(batch.reward, dim=1), ranks.joined(batch.done, dim=1))
-                batch = batch._replace(reward=ranks.own(reward, dim=1))
-            scalars = learn(agent, optimizer, gradient, own_args, batch, critic_only=iteration <= args.critic_warmup)
-            step += batch_size
-            run.require_finite_update(agent, scalars, step)
+                agent.log_std.fill_((1 - progress) * args.init_log_std + progress * args.final_log_std)
+
+            rollout, obs, episodes = collect_rollout(agent, envs, obs, step, args)
+            step += args.batch_size
+            if args.norm_reward:  # with statistics over all ranks, so that they stay identical
+                reward = reward_scaler(dist.all_gather(rollout.reward, dim=1), dist.all_gather(rollout.done, dim=1))
+                rollout.reward = dist.local_shard(reward, dim=1)
+            critic_only = iteration <= args.critic_warmup_updates
+            batch = make_batch(agent, rollout, args)
+            stats = ppo_update(agent, optimizer, backward_fn, batch, local_args, critic_only)
+            stats["learning_rate"] = optimizer.param_groups[0]["lr"]
+            check_update(agent, stats, step)
 
             evaluation = None
-            every = args.eval_every * (1 + (step > args.eval_slow_after))
-            if iteration == iterations or run.due(every, step, batch_size):
-                evaluation = ranks.once(rollout.evaluate, Deployed(agent), args, "validation", record.video(step))
-                evaluations.append(
-                    {"step": step, **{name: evaluation[name] for name in ("success_rate", "failure_rate")}}
-                )
-                if best is None or rollout.better(evaluation, best["evaluation"], args.best_metric):
+            eval_interval = args.eval_every * (2 if step > 3_000_000 else 1)
+            if iteration == args.num_iterations or is_due(eval_interval, step, args.batch_size):
+                evaluation = dist.broadcast_from_rank0(run.evaluate, DeterministicPolicy(agent), step)
+                if is_better(evaluation, best, args.best_metric):
                     best = {"step": step, "agent": deepcopy(agent.state_dict()), "evaluation": evaluation}
-                    record.save_policy("best.pt", checkpoint())
-            record.log(step, recent, episodes, scalars, evaluation)
-            if run.due(args.checkpoint_every, step, batch_size):
-                record.save(f"checkpoints/step_{step:09d}.pt", checkpoint())
-            if args.stop_at_convergence and run.converged_at(evaluations) is not None:
-                break
+                    run.save("best.pt", policy())
+                stop = bool(on_evaluation and on_evaluation(step, evaluation)) or run.converged
+            # Rank 0 logs the episodes of all ranks, and decides for all whether to stop and to write latest.pt
+            gathered = dist.all_gather_object((episodes, stop, run.stop_requested, run.latest_due))
+            _, stop, stop_requested, latest_due = gathered[0]
+            episodes = sorted((episode for rank in gathered for episode in rank[0]), key=lambda e: e["step"])
+            run.log(step, stats, episodes, evaluation)
+            if stop_requested and iteration < args.num_iterations:  # Ctrl-C, SIGTERM or SIGUSR1
+                return run.interrupted(state())
+            if is_due(args.checkpoint_every, step, args.batch_size):
+                run.save(f"checkpoints/step_{step:09d}.pt", state())
+            elif latest_due:
+                run.save("checkpoints/latest.pt", state())
 
-        record.save("final.pt", checkpoint())
-        if ranks.rank() > 0:  # nothing is left to do but the export
-            return {}
-        agent.load_state_dict(best["agent"])
-        run.export_onnx(agent, first, record.folder / "policy.onnx", "policy", args.env_kwargs)
-        return record.finish(step, best, converged_at_step=run.converged_at(evaluations))
-
-
-def evaluate(args: Args) -> dict:
-    """Measure the policy that args.evaluate names; see rollout.measure."""
-    command.checked(args)
-    run.prepare_torch(args)
-    vec = envs.make_vec(args.env_id, 1, training=False, split="test", **args.env_kwargs)
-    if not run.is_policy_path(args.evaluate):
-        return rollout.measure(rollout.scripted(args.evaluate, vec), None, args)
-    agent = make_grid_agent(vec, args)
-    run.load_agent(agent, run.load_policy(args.evaluate, kind="policy"), args, args.evaluate)
-    return rollout.measure(Deployed(agent), None, args)
+        return run.finish(state(), agent, best, envs)
 
 
-@command.command_line(processes=True)
-def main() -> None:
-    args = command.parse(Args, Args.tuned)
-    evaluate(args) if args.evaluate is not None else train(args)
+def load_policy(checkpoint: dict, envs: VectorEnv) -> Policy:
+    """Build the deterministic policy of a policy file, for evaluation and as an expert for cloning."""
+    args = Args.from_checkpoint(checkpoint)
+    agent = make_grid_agent(envs, args)
+    load_agent(agent, checkpoint, args)
+    return DeterministicPolicy(agent)
 
 
 if __name__ == "__main__":
-    main()
+    main(train, Args)

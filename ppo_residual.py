@@ -1,29 +1,30 @@
-"""PPO that corrects a frozen base policy (residual reinforcement learning), in one file: PyTorch + Gymnasium.
+"""Residual reinforcement learning with PPO in one file (PyTorch + Gymnasium).
 
-A base policy does most of a task: inverse kinematics, a controller, a cloned network. It stays as it is; a small
-network learns what to add to it, so learning starts from the base's behaviour instead of from nothing:
+A base policy (inverse kinematics, a controller, a cloned network) solves most of the task. It is frozen, and a small
+network learns a correction, so training starts from the performance of the base policy (Silver et al. 2018; Johannink
+et al. 2019):
 
-    action = clip(base(obs) + alpha * act_scale * residual(obs)),    residual(obs) in [-1, 1]
-    reward = task reward - residual_penalty * |residual|^2           while training
+    action = clip(base(obs) + alpha * residual_scale * residual(obs), low, high),    residual(obs) in [-1, 1]
+    reward = task reward - residual_penalty * |residual|^2                           while training
 
-The residual is an ordinary Gaussian policy, so the PPO below (Schulman et al. 2017) is ordinary PPO.
+The residual is a Gaussian policy trained with standard PPO (Schulman et al. 2017).
 
-  train     python ppo_residual.py                                   (50,000 steps, half a minute)
-  resume    python ppo_residual.py --resume runs/<run>
-  evaluate  python ppo_residual.py --evaluate runs/<run> --compare-base --eval-episodes 200
-  base only python ppo_residual.py --evaluate ik
-  no base   python ppo_residual.py --base-policy zero                (500,000 steps, three minutes)
-  other base  --base-policy ik | clone.onnx | blend:ik:zero:0.5
-  deploy    runs/<run>/policy.onnx: raw observation -> residual in [-1, 1]; add it to the base as above
+    train      python ppo_residual.py                                50,000 steps, half a minute
+    resume     python ppo_residual.py --resume runs/<run>
+    evaluate   python tools/evaluate.py runs/<run> --compare-base --episodes 200
+    base only  python tools/evaluate.py ik --env-id SO101Paper-v0
+    no base    python ppo_residual.py --base-policy zero             500,000 steps, three minutes
+    other base --base-policy ik | clone.onnx | blend:ik:zero:0.5
+    deploy     runs/<run>/policy.onnx maps a raw observation to a residual in [-1, 1]; add it to the base as above
 """
 
-from collections import deque
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from math import log, pi, sqrt
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,153 +33,92 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import envs
-from envs import command, rollout, run
-from envs.rollout import Deployed, Policy
-from envs.run import require_finite
+from envs import UserError
+from envs.cli import Steps, main
+from envs.evaluation import DeterministicPolicy, Policy, check_finite, episode_result, is_better, make_base_policy
+from envs.run import (
+    Run,
+    RunArgs,
+    check_update,
+    compile_function,
+    is_due,
+    load_agent,
+    make_train_envs,
+    policy_contents,
+    restore,
+    rng_state,
+    setup,
+)
 
 
-@dataclass
-class Args:
-    env_id: str = "SO101Paper-v0"
-    """environment: one of ours, or any of Gymnasium's with flat Box observations and actions"""
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
-    """arguments of the environment, KEY VALUE ..."""
-    eval_env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)
-    """arguments for evaluation only, on top of --env-kwargs"""
-    seed: int = 1
-    """seed of the networks, the environments and the minibatch order"""
-    total_timesteps: int = 50_000
-    """environment steps, counted over all environments; an action repeat makes several with one action"""
-    num_envs: int = 8
-    """environments stepped in parallel"""
-    num_steps: int = 256
-    """steps per environment between two updates"""
+@dataclass(kw_only=True)
+class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpoints, tracking, device
+    env_id: str = "SO101Paper-v0"  # environment with flat Box observations and actions
+    total_timesteps: Steps = 50_000  # environment steps, summed over all environments
+    num_envs: int = 8  # number of parallel environments
+    num_steps: int = 256  # rollout length per environment
 
-    base_policy: str = "ik"
-    """what the residual corrects: zero, a scripted controller of the environment (ik), PATH.onnx or blend:A:B:w"""
-    alpha: float = 0.7
-    """weight of the residual; 0 is the base alone"""
-    act_scale: float = 0.02
-    """action that a residual of 1 stands for, in the units of the action (rad)"""
-    residual_penalty: float = 0.001
-    """cost of |residual|^2 in each training step"""
+    base_policy: str = "ik"  # zero, a controller of the environment, PATH.onnx, or blend:A:B:w for w A + (1 - w) B
+    alpha: float = 0.7  # weight of the residual; training depends only on the product alpha * residual_scale
+    residual_scale: float = 0.02  # action (rad) per unit of residual
+    residual_penalty: float = 0.001  # cost of |residual|^2 per training step
 
-    learning_rate: float = 3e-4
-    """learning rate of Adam; usually 1e-4 to 1e-3"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly to zero over the run"""
-    weight_decay: float = 0.0
-    """decoupled weight decay (AdamW); 0 is Adam"""
-    minibatch_size: int = 256
-    """transitions per gradient step; must divide num_envs * num_steps"""
-    update_epochs: int = 10
-    """passes over each batch; usually 3 to 10"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation; 0 is one-step TD, 1 is Monte Carlo"""
-    clip_coef: float = 0.2
-    """how far the probability ratio may move before its gradient is cut; usually 0.1 to 0.3"""
-    clip_value: bool = False
-    """also clip the change of the value estimate"""
-    ent_coef: float = 0.005
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """largest norm of the gradient"""
-    target_kl: float | None = None
-    """stop an update once the policy has moved further than this; usually 0.01 to 0.05"""
-    norm_obs: bool = True
-    """normalise observations by their running mean and standard deviation"""
-    norm_reward: bool = False
-    """divide rewards by the running standard deviation of the discounted return"""
-    norm_adv: bool = True
-    """normalise advantages within each minibatch"""
-    group_size: int = 1
-    """environments in the same situation, whose mean advantage is subtracted; 1 for none"""
-    init_log_std: float = -0.5
-    """logarithm of the initial standard deviation of the policy"""
-    final_log_std: float | None = None
-    """move the log standard deviation linearly to this over the run, instead of learning it"""
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    """units in the hidden layers of actor and critic"""
-    critic_warmup: int = 0
-    """first updates that change the critic alone, for a policy that starts from --pretrained"""
-    freeze_normalizer: bool = False
-    """keep the observation statistics that --pretrained brings, instead of following those of the new policy"""
+    learning_rate: float = 3e-4  # learning rate of Adam; usually 1e-4 to 1e-3
+    anneal_lr: bool = True  # decay the learning rate linearly to zero
+    weight_decay: float = 0.0  # decoupled weight decay (AdamW); 0 is Adam
+    minibatch_size: int = 256  # transitions per gradient step; must divide num_envs * num_steps
+    update_epochs: int = 10  # passes over the rollout per update; usually 3 to 10
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
+    clip_coef: float = 0.2  # clipping range of the probability ratio; usually 0.1 to 0.3
+    clip_vloss: bool = False  # also clip the value estimate to within clip_coef of its old value
+    ent_coef: float = 0.005  # entropy bonus coefficient
+    vf_coef: float = 0.5  # value loss coefficient
+    max_grad_norm: float = 0.5  # maximum gradient norm
+    target_kl: float | None = None  # stop an update early when the approximate KL divergence exceeds this
+    norm_obs: bool = True  # normalize observations with running statistics
+    norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
+    norm_adv: bool = True  # normalize advantages within each minibatch
+    init_log_std: float = -0.5  # initial log standard deviation of the policy
+    final_log_std: float | None = None  # anneal the log standard deviation linearly to this instead of learning it
+    hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layer sizes of actor and critic
+    critic_warmup_updates: int = 0  # number of initial updates that train only the critic (for --pretrained)
+    freeze_obs_stats: bool = False  # do not update the observation statistics loaded by --pretrained
 
-    device: Literal["auto", "cpu", "cuda"] = "cpu"
-    """where the networks live; auto takes a GPU if there is one, but for networks this small the CPU is faster"""
-    threads: int = 1
-    """CPU threads of our simulators; PyTorch keeps to one, with which networks this small are fastest"""
-    compile: bool = False
-    """compile the gradient step with torch.compile (needs a C++ compiler)"""
-    deterministic: bool = False
-    """refuse GPU operations whose result may differ between runs"""
+    eval_every: int = 10_000  # environment steps between evaluations on the validation split; 0 = only at the end
+    checkpoint_every: int = 10_000  # environment steps between checkpoints; 0 = none
 
-    eval_every: int = 10_000
-    """steps between two evaluations on the validation split; the best one gives best.pt; 0 for only one at the end"""
-    eval_first: int = 0
-    """also evaluate before each of the first updates, so many, into first_evaluations.jsonl: does a clone get worse?"""
-    eval_episodes: int = 100
-    """episodes of an evaluation; 0 for all, where a split has a fixed number"""
-    eval_seed: int = 1
-    """seed of the evaluation episodes; those of training and of the three splits never coincide"""
-    checkpoint_every: int = 10_000
-    """steps between two files in checkpoints/; 0 for none"""
-    run_root: str = "runs"
-    """directory that holds the runs"""
-    run_name: str | None = None
-    """name of the run's directory instead of <script>__<environment>__seed<seed>__<time>"""
-    config: str | None = None
-    """JSON file of settings to start from, such as a run's config.json"""
-    resume: str | None = None
-    """checkpoint or run directory to continue, bit for bit; only the total may grow and the place may change"""
-    pretrained: str | None = None
-    """residual policy file or run to start from: actor, critic and normaliser; the optimiser starts fresh"""
-    track: bool = False
-    """also log to Weights & Biases (offline without a login)"""
-    capture_video: bool = False
-    """record the first episode of each evaluation as videos/*.mp4"""
-    dry_run: bool = False
-    """one rollout, one update, one evaluation of two episodes, all files"""
-
-    evaluate: str | None = None
-    """no training: measure a policy file, a run (its best.pt), zero, ik or PATH.onnx on the test split"""
-    compare_base: bool = False
-    """with --evaluate: also play the same episodes with the base policy alone"""
-    json: str | None = None
-    """with --evaluate: write the result to this file"""
-    render: Literal["human"] | None = None
-    """with --evaluate: watch it in a window"""
+    preset_keys: ClassVar = ("env_id", "base_policy")
 
     @classmethod
-    def tuned(cls, base_policy: str = "ik", env_id: str = "SO101Paper-v0", **overrides: Any) -> "Args":
-        """The settings tuned for a base policy of SO101Paper-v0, as the command line takes them; overrides win."""
-        row = TUNED.get(base_policy, {}) if env_id == "SO101Paper-v0" else {}
-        return cls(**{"base_policy": base_policy, "env_id": env_id, **row, **overrides})
+    def from_preset(cls, name: str | None = None, **overrides: Any) -> "Args":
+        """Args with the values of a preset, by default the one of base_policy. Keyword arguments override them."""
+        if name is not None and name not in PRESETS:
+            raise UserError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
+        if name is None and overrides.get("env_id", cls.env_id) == cls.env_id:
+            name = overrides.get("base_policy")
+        return cls(**PRESETS.get(name, {}) | overrides)
 
 
-# {base policy: settings that differ from the defaults above}; --base-policy X --help shows the values in force.
-# The defaults are tuned for ik. Three differ from usual ones by measurement (seeds 1 to 8, 50,000 steps, success in 300
-# validation episodes, mean and worst seed): as they are .995, .977; with clip_value .942, .863; with norm_reward .988,
-# .970; with init_log_std 0 .983, .907, for much noise does in training what the mean then cannot do.
-# Without a base the residual must move the arm about as far in a step as a base would, and short episodes show it more
-# starts; chosen on seeds 1 to 5. The README has runs with one or another of these settings put back.
-TUNED: dict[str, dict] = {
+# The defaults are tuned for ik. Success over 300 validation episodes, mean / worst of seeds 1 to 8: defaults .995 /
+# .977; clip_vloss .942 / .863; norm_reward .988 / .970; init_log_std 0 .983 / .907 (with large noise, exploration
+# solves what the mean action then cannot).
+# {name: values that replace the defaults above}. --base-policy X --help shows the result.
+PRESETS: dict[str, dict] = {
+    # Without a base policy the residual must move the arm by as much per step as a base would, and shorter episodes
+    # give more start states. These settings were chosen on seeds 1 to 5.
     "zero": {
         "env_kwargs": {"reach_weight": 60.0, "yaw_weight": 9.0, "success_reward": 3.0, "training_steps": 150},
-        "act_scale": 0.04, "total_timesteps": 500_000, "num_envs": 32, "num_steps": 128, "minibatch_size": 512,
-        "learning_rate": 1e-3, "gamma": 0.98, "gae_lambda": 0.8, "eval_every": 50_000, "checkpoint_every": 50_000,
+        "base_policy": "zero", "residual_scale": 0.04, "total_timesteps": 500_000, "num_envs": 32, "num_steps": 128,
+        "minibatch_size": 512, "learning_rate": 1e-3, "gamma": 0.98, "gae_lambda": 0.8, "eval_every": 50_000,
+        "checkpoint_every": 50_000,
     },
 }  # fmt: skip
 
 
 class Normalizer(nn.Module):
-    """Shifts and scales by a running mean and variance. They are buffers: the state_dict, the policy files and the ONNX
-    file contain them, and they stand still unless update is called."""
+    """Normalizes with a running mean and variance. Both are buffers, so the state_dict, policy files and ONNX files
+    include them; only update() changes them."""
 
     def __init__(self, shape: tuple[int, ...] = ()):
         super().__init__()
@@ -191,36 +131,39 @@ class Normalizer(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Merge a batch's mean and variance into the running ones (Chan et al. 1979); x: (batch, *shape)."""
+        """Merge the mean and variance of a batch (batch, *shape) into the running ones (Chan et al. 1979)."""
         n, total = len(x), self.count + len(x)
-        var, mean = torch.var_mean(x, dim=0, correction=0)
-        delta = mean - self.mean
-        self.var.copy_((self.var * self.count + var * n + delta.square() * self.count * n / total) / total)
+        batch_var, batch_mean = torch.var_mean(x, dim=0, correction=0)
+        delta = batch_mean - self.mean
+        m2 = self.var * self.count + batch_var * n + delta.square() * self.count * n / total
+        self.var.copy_(m2 / total)
         self.mean.add_(delta * n / total)
         self.count.add_(n)
 
 
 class RewardScaler(nn.Module):
-    """Divides rewards by the running standard deviation of the discounted return so far, R <- gamma R + r."""
+    """Divides rewards by the running standard deviation of the discounted return R <- gamma R + r. The statistics are
+    updated once per rollout."""
 
     def __init__(self, num_envs: int, gamma: float):
         super().__init__()
-        self.gamma, self.stats = gamma, Normalizer()
+        self.gamma = gamma
+        self.stats = Normalizer()
         self.register_buffer("returns", torch.zeros(num_envs))
 
     def forward(self, reward: Tensor, done: Tensor) -> Tensor:
-        """reward, done: (T, N) -> scaled reward (T, N)."""
-        returns, following = [], self.returns
-        for r, ended in zip(reward, done):
-            returns.append(self.gamma * following + r)
-            following = returns[-1] * ~ended  # the next episode starts from zero
-        self.returns.copy_(following)
+        """Scale rewards; all arguments and the result have shape (T, N)."""
+        returns, running_return = [], self.returns
+        for t in range(len(reward)):
+            returns.append(self.gamma * running_return + reward[t])
+            running_return = returns[-1] * ~done[t]  # the next episode starts from zero
+        self.returns.copy_(running_return)
         self.stats.update(torch.cat(returns))
         return (reward * torch.rsqrt(self.stats.var + 1e-8)).clamp(-10, 10)
 
 
 def mlp(sizes: list[int], gain: float) -> nn.Sequential:
-    """Linear layers with tanh between them; orthogonal weights, scaled by `gain` in the last."""
+    """MLP with tanh activations and orthogonal initialization; `gain` scales the last layer."""
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(sizes):
         layer = nn.Linear(n_in, n_out)
@@ -232,321 +175,331 @@ def mlp(sizes: list[int], gain: float) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """A Gaussian policy and a value function; every method takes raw observations (..., obs_dim)."""
+    """Gaussian policy and value function. All methods take raw observations (..., obs_dim)."""
 
     def __init__(self, obs_dim: int, low: np.ndarray, high: np.ndarray, args: Args):
         super().__init__()
         self.normalizer = Normalizer((obs_dim,)) if args.norm_obs else nn.Identity()
-        self.actor = mlp([obs_dim, *args.hidden_sizes, len(low)], gain=0.01)  # starts near zero
+        self.actor = mlp([obs_dim, *args.hidden_sizes, len(low)], gain=0.01)  # the initial mean action is near zero
         self.critic = mlp([obs_dim, *args.hidden_sizes, 1], gain=1.0)
         self.log_std = nn.Parameter(torch.full((len(low),), args.init_log_std))
-        self.weights = list(self.parameters())  # listed once: to search the modules takes 3 % of a gradient step
-        self.register_buffer("center", torch.as_tensor((high + low) / 2))
-        self.register_buffer("scale", torch.as_tensor((high - low) / 2))
+        self.register_buffer("action_low", torch.as_tensor(low))
+        self.register_buffer("action_high", torch.as_tensor(high))
+        self.register_buffer("action_bias", torch.as_tensor((high + low) / 2))
+        self.register_buffer("action_scale", torch.as_tensor((high - low) / 2))
 
     def forward(self, obs: Tensor) -> Tensor:
-        """The deployed policy: the most likely action, inside the environment's bounds."""
-        return self.bounded(self.mean(obs))
+        """Deterministic policy: the mean action, scaled and clipped to the action space."""
+        return self.scale_action(self.action_mean(obs))
 
-    def mean(self, obs: Tensor) -> Tensor:
-        """The middle of the Gaussian (..., action_dim)."""
+    def action_mean(self, obs: Tensor) -> Tensor:
+        """Mean of the Gaussian policy (..., action_dim)."""
         return self.actor(self.normalizer(obs))
 
-    def bounded(self, action: Tensor) -> Tensor:
-        """The Gaussian's own units, where [-1, 1] is the whole range, to the environment's, inside its bounds."""
-        return self.center + self.scale * action.clamp(-1, 1)
+    def scale_action(self, action: Tensor) -> Tensor:
+        """Map [-1, 1] to [low, high]. Clipping comes last, so that rounding cannot leave the action space."""
+        return torch.clamp(self.action_bias + self.action_scale * action, self.action_low, self.action_high)
 
     def sample(self, obs: Tensor) -> Tensor:
-        mean = self.mean(obs)
+        """Sample an action before scaling and clipping, which is what its log-probability refers to."""
+        mean = self.action_mean(obs)
         return mean + self.log_std.exp() * torch.randn_like(mean)
 
     def value(self, obs: Tensor) -> Tensor:
         return self.critic(self.normalizer(obs)).squeeze(-1)
 
     def evaluate_actions(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log pi(action | obs) (...), the policy's entropy () and V(obs) (...)."""
+        """Return log pi(action | obs) (...), the entropy of the policy () and V(obs) (...)."""
         obs = self.normalizer(obs)
-        # log N(a; mu, sigma) = -z^2 / 2 - log sigma - log(2 pi) / 2 with z = (a - mu) / sigma, summed over components
+        # log N(a; mu, sigma) = -z^2 / 2 - log sigma - log(2 pi) / 2, summed over dimensions, with z = (a - mu) / sigma
         z = (action - self.actor(obs)) / self.log_std.exp()
         log_scale = (self.log_std + 0.5 * log(2 * pi)).sum()
         logprob = -0.5 * z.square().sum(-1) - log_scale
+        # The entropy of a Gaussian is log sigma + log(2 pi e) / 2 per dimension, whatever the state
         entropy = log_scale + 0.5 * len(self.log_std)
         return logprob, entropy, self.critic(obs).squeeze(-1)
 
 
-def correct(base: np.ndarray, residual: np.ndarray, args: Args, space: Box) -> np.ndarray:
-    """The idea of residual learning: the base's action plus a small, bounded correction."""
-    return np.clip(base + args.alpha * args.act_scale * np.clip(residual, -1, 1), space.low, space.high)
+def apply_residual(base_action: np.ndarray, residual: np.ndarray, scale: float, space: Box) -> np.ndarray:
+    """Residual policy: the base action plus a small, bounded correction."""
+    return np.clip(base_action + scale * np.clip(residual, -1, 1), space.low, space.high)
 
 
-class Corrected:
-    """The deployed policy: base plus residual."""
+class ResidualPolicy:
+    """Base policy plus residual policy; scale is alpha * residual_scale."""
 
-    def __init__(self, agent: Agent, base_policy: Policy, args: Args, space: Box):
-        self.residual, self.base_policy, self.args, self.space = Deployed(agent), base_policy, args, space
+    def __init__(self, residual_policy: Policy, base_policy: Policy, scale: float, space: Box):
+        self.residual_policy, self.base_policy = residual_policy, base_policy
+        self.scale, self.space = scale, space
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
-        return correct(self.base_policy(obs), self.residual(obs), self.args, self.space)
+        return apply_residual(self.base_policy(obs), self.residual_policy(obs), self.scale, self.space)
 
 
-class Transitions(NamedTuple):
-    """The transitions of one rollout, each field (T, N, ...); index t holds transition t only."""
+@dataclass
+class Rollout:
+    """T steps in N environments. Every field has shape (T, N, ...); index t is one complete transition."""
 
     obs: Tensor
-    action: Tensor  # as it was drawn, unclipped: that is what its log-probability belongs to
-    next_obs: Tensor  # where the action led, never the first observation of the next episode
+    action: Tensor  # the sampled action before clipping
+    next_obs: Tensor  # the true successor, also at the end of an episode
     reward: Tensor
     terminated: Tensor
     done: Tensor  # terminated or truncated
 
 
 @torch.no_grad()
-def collect(
-    agent: Agent, vec: VectorEnv, base_policy: Policy, args: Args, obs: np.ndarray, step: int, device: torch.device
-) -> tuple[Transitions, np.ndarray, list[dict]]:
-    """Play num_steps steps in every environment from obs on. Returns the batch, the next obs, finished episodes."""
-    transitions, episodes, space = [], [], vec.single_action_space
+def collect_rollout(
+    agent: Agent, base_policy: Policy, envs: VectorEnv, obs: np.ndarray, step: int, args: Args
+) -> tuple[Rollout, np.ndarray, list[dict]]:
+    """Step all environments num_steps times. Return the rollout, the next observation and the finished episodes.
+
+    The environments reset in the step that ends an episode (SAME_STEP autoreset), and info["final_obs"] holds the last
+    observation of the episode. So each transition has its true successor, and the last step needs no special case.
+    """
+    device = agent.log_std.device
+    transitions, episodes = [], []
     for _ in range(args.num_steps):
-        base = base_policy(obs)
-        require_finite("base action", base, step)
+        base_action = base_policy(obs)
+        check_finite("base action", base_action, f"step {step}")
         residual = agent.sample(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
-        new_obs, reward, terminated, truncated, info = vec.step(correct(base, residual, args, space))
-        step += vec.num_envs * vec.action_repeat
-        require_finite("observation", new_obs, step)
-        require_finite("reward", reward, step)
+        action = apply_residual(base_action, residual, args.alpha * args.residual_scale, envs.single_action_space)
+        new_obs, reward, terminated, truncated, info = envs.step(action)
+        step += envs.num_envs * envs.action_repeat
+        check_finite("observation", new_obs, f"step {step}")
+        check_finite("reward", reward, f"step {step}")
         reward = reward - args.residual_penalty * np.square(np.clip(residual, -1, 1)).sum(1)
 
         done, next_obs = terminated | truncated, new_obs
         if done.any():
             next_obs = np.where(done[:, None], info["final_obs"], new_obs)
-            require_finite("final observation", next_obs, step)
-            episodes += [{"step": step, **rollout.episode_result(info, i)} for i in np.flatnonzero(done)]
+            check_finite("final observation", next_obs, f"step {step}")
+            for i in np.flatnonzero(done):
+                episodes.append({"step": step, **episode_result(info, i)})
         transitions.append((obs, residual, next_obs, reward, terminated, done))
         obs = new_obs
-    fields = (torch.as_tensor(np.stack(x), device=device) for x in zip(*transitions))  # each (T, N, ...)
-    return Transitions(*(x.float() if x.is_floating_point() else x for x in fields)), obs, episodes
+
+    def stack(arrays: tuple[np.ndarray, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.as_tensor(np.stack(arrays), dtype=dtype, device=device)
+
+    obs_list, residuals, next_obs_list, rewards, terminated_list, done_list = zip(*transitions)
+    floats = (stack(obs_list), stack(residuals), stack(next_obs_list), stack(rewards))
+    return Rollout(*floats, stack(terminated_list, torch.bool), stack(done_list, torch.bool)), obs, episodes
 
 
-def gae(
-    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float
-) -> Tensor:
-    """Generalised advantage estimation (Schulman et al. 2016) (T, N) from fields (T, N).
+def gae(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, args: Args) -> Tensor:
+    """Generalized advantage estimation (Schulman et al. 2016). All tensors and the result have shape (T, N).
 
-    next_value[t] is V of the state that action t led to, also at the end of an episode: a time limit bootstraps like
-    any other step, and only a terminal state is worth zero."""
-    # delta_t = r_t + gamma V(s_t+1) - V(s_t), with V = 0 after a terminal state
-    delta = reward + gamma * next_value * ~terminated - value
-    # A_t = delta_t + gamma lambda A_t+1, cut where the episode ended
-    decay = gamma * gae_lambda * (~done).to(delta)
-    advantage, following = torch.zeros_like(delta), torch.zeros_like(delta[0])
+    next_value[t] is V(next_obs[t]). Truncated episodes bootstrap from it; terminated episodes do not.
+    """
+    # delta_t = r_t + gamma V(s_{t+1}) - V(s_t), with V = 0 after a terminal state
+    delta = reward + args.gamma * next_value * ~terminated - value
+    not_done = (~done).float()
+    advantage = torch.zeros_like(delta)
+    last_advantage = torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):
-        advantage[t] = following = delta[t] + decay[t] * following
+        # A_t = delta_t + gamma lambda A_{t+1} within an episode
+        last_advantage = delta[t] + args.gamma * args.gae_lambda * not_done[t] * last_advantage
+        advantage[t] = last_advantage
     return advantage
 
 
-def group_mean(advantage: Tensor, group_size: int) -> Tensor:
-    """At each step the mean over the group_size neighbours that are in the same situation, (T, N) -> (T, N).
-
-    Without it an advantage says what one's own actions made better than the others' did: what befalls all goes out."""
-    return advantage.unflatten(1, (-1, group_size)).mean(2).repeat_interleave(group_size, dim=1)
+Batch = dict[str, Tensor]  # every entry has shape (batch, ...)
 
 
-STATS = ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction")
+@torch.no_grad()
+def make_batch(agent: nn.Module, rollout: Rollout, args: Args) -> Batch:
+    """Compute advantages, returns and the log-probabilities of the old policy, with batch size T * N."""
+    logprob, _, value = agent.evaluate_actions(rollout.obs, rollout.action)
+    next_value = agent.value(rollout.next_obs)
+    advantage = gae(rollout.reward, value, next_value, rollout.terminated, rollout.done, args)
+    returns = advantage + value
+    return {
+        "obs": rollout.obs.flatten(0, 1),
+        "action": rollout.action.flatten(0, 1),
+        "logprob": logprob.flatten(),
+        "advantage": advantage.flatten(),
+        "returns": returns.flatten(),
+        "value": value.flatten(),
+    }
 
 
-def ppo_loss(agent: nn.Module, args: Args, critic_only: bool, *minibatch: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of one minibatch, and the statistics named in STATS. With critic_only it is the critic's part alone."""
-    obs, action, old_logprob, advantage, target, old_value = minibatch
-    logprob, entropy, value = agent.evaluate_actions(obs, action)
-    # r = pi(a | s) / pi_old(a | s)
-    log_ratio = logprob - old_logprob
+def ppo_loss(agent: nn.Module, minibatch: Batch, args: Args, critic_only: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of one minibatch and its statistics. With critic_only, the loss is the value loss alone."""
+    logprob, entropy, value = agent.evaluate_actions(minibatch["obs"], minibatch["action"])
+    log_ratio = logprob - minibatch["logprob"]
     ratio = log_ratio.exp()
 
-    # L_clip = E[min(r A, clip(r, 1 - eps, 1 + eps) A)]
+    # L_policy = -E[min(r A, clip(r, 1 - eps, 1 + eps) A)]
+    advantage = minibatch["advantage"]
     if args.norm_adv:
         std, mean = torch.std_mean(advantage)
         advantage = (advantage - mean) / (std + 1e-8)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(advantage * ratio, advantage * clipped_ratio).mean()
 
-    # L_value = E[(V - target)^2] / 2; with clipping the larger of the errors with V and with V kept near its old value
-    value_error = (value - target).square()
-    if args.clip_value:
+    # L_value = E[(V - R)^2] / 2; with clipping, the larger of the errors of V and of V clipped around its old value
+    value_error = (value - minibatch["returns"]).square()
+    if args.clip_vloss:
+        old_value = minibatch["value"]
         clipped_value = value.clamp(old_value - args.clip_coef, old_value + args.clip_coef)
-        value_error = torch.max(value_error, (clipped_value - target).square())
+        value_error = torch.max(value_error, (clipped_value - minibatch["returns"]).square())
     value_loss = 0.5 * value_error.mean()
 
     # L = L_policy + c_v L_value - c_e H[pi]
     loss = args.vf_coef * value_loss
     if not critic_only:
-        loss = loss + policy_loss
-        if args.ent_coef > 0:
-            loss = loss - args.ent_coef * entropy
-    with torch.no_grad():
-        approx_kl = (ratio - 1 - log_ratio).mean()  # unbiased and never negative: http://joschu.net/blog/kl-approx.html
-        clip_fraction = (ratio != clipped_ratio).float().mean()
-        return loss, torch.stack([policy_loss, value_loss, -entropy, approx_kl, clip_fraction])
+        loss = loss + policy_loss - args.ent_coef * entropy
+    stats = {
+        "policy_gradient_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy_loss": -entropy,
+        "approx_kl": (ratio - 1 - log_ratio).mean(),  # http://joschu.net/blog/kl-approx.html
+        "clip_fraction": (ratio != clipped_ratio).float().mean(),
+    }
+    return loss, {name: x.detach() for name, x in stats.items()}
 
 
-def compute_gradient(agent: nn.Module, args: Args, critic_only: bool, *minibatch: Tensor) -> Tensor:
-    """Leaves the clipped gradient of the loss in the agent's parameters. --compile compiles this function."""
-    loss, stats = ppo_loss(agent, args, critic_only, *minibatch)
+def backward(
+    agent: nn.Module, parameters: list[Tensor], minibatch: Batch, args: Args, critic_only: bool
+) -> dict[str, Tensor]:
+    """Compute the gradient and clip its norm; the result is in each parameter's .grad. --compile compiles this."""
+    loss, stats = ppo_loss(agent, minibatch, args, critic_only)
     loss.backward()
-    nn.utils.clip_grad_norm_(agent.weights, args.max_grad_norm, foreach=False)  # the loop compiles to faster code
+    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=False)  # foreach=False compiles to faster code
     return stats
 
 
-def update(
-    agent: nn.Module, optimizer: Optimizer, gradient: Callable, args: Args, critic_only: bool, data: tuple[Tensor, ...]
-) -> Tensor:
-    """All epochs over one batch. Returns the mean of STATS over its minibatches."""
-    history = []
-    for _ in range(args.update_epochs):
-        order = torch.randperm(len(data[0]), device=data[0].device)
-        for minibatch in zip(*(x[order].split(args.minibatch_size) for x in data)):
-            optimizer.zero_grad()
-            stats = gradient(agent, args, critic_only, *minibatch)
-            history.append(stats)
-            if args.target_kl is not None and stats[STATS.index("approx_kl")] > args.target_kl:
-                return torch.stack(history).mean(0)
-            optimizer.step()
-    return torch.stack(history).mean(0)
-
-
-def learn(
-    agent: nn.Module, optimizer: Optimizer, gradient: Callable, args: Args, batch: Transitions, critic_only: bool
+def ppo_update(
+    agent: nn.Module, optimizer: Optimizer, backward_fn: Callable, batch: Batch, args: Args, critic_only: bool
 ) -> dict[str, float]:
-    """Values, advantages and targets of a batch, then the update with them. Returns the train/ scalars."""
-    # The first batch was sampled without statistics. Take them before the update, so that the networks never train on
-    # raw scales; the policy that sampled was near zero all the same (its last layer begins with gain 0.01).
-    first = args.norm_obs and agent.normalizer.count == 0
-    if first:
-        agent.normalizer.update(batch.obs.flatten(0, 1))
-
-    with torch.no_grad():
-        logprob, _, value = agent.evaluate_actions(batch.obs, batch.action)
-        next_value = agent.value(batch.next_obs)
-    advantage = gae(batch.reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
-    target = advantage + value
-    if args.group_size > 1:
-        advantage = advantage - group_mean(advantage, args.group_size)
-    data = tuple(x.flatten(0, 1) for x in (batch.obs, batch.action, logprob, advantage, target, value))
-    stats = update(agent, optimizer, gradient, args, critic_only, data)
-
-    # Only now, so that old and new log-probabilities saw the same observations; not while the policy must stand still
-    if args.norm_obs and not (first or critic_only or args.freeze_normalizer):
-        agent.normalizer.update(batch.obs.flatten(0, 1))
-    return {
-        **{f"train/{name}": x for name, x in zip(STATS, stats.tolist(), strict=True)},
-        "train/explained_variance": 1 - ((target - value).var() / target.var()).item(),
-        "train/learning_rate": optimizer.param_groups[0]["lr"],
-    }
+    """Run update_epochs passes over the batch in shuffled minibatches. Return the mean statistics."""
+    parameters = list(agent.parameters())
+    stats_list: list[dict[str, Tensor]] = []
+    kl_exceeded = False
+    for _ in range(args.update_epochs):
+        indices = torch.randperm(len(batch["obs"]), device=batch["obs"].device)
+        minibatches = {name: x[indices].split(args.minibatch_size) for name, x in batch.items()}
+        for i in range(len(minibatches["obs"])):
+            optimizer.zero_grad()
+            minibatch = {name: x[i] for name, x in minibatches.items()}
+            stats = backward_fn(agent, parameters, minibatch, args, critic_only)
+            stats_list.append(stats)
+            kl_exceeded = args.target_kl is not None and stats["approx_kl"].item() > args.target_kl
+            if kl_exceeded:
+                break
+            optimizer.step()
+        if kl_exceeded:
+            break
+    mean_stats = {name: torch.stack([stats[name] for stats in stats_list]).mean().item() for name in stats_list[0]}
+    unexplained = (batch["returns"] - batch["value"]).var() / batch["returns"].var()
+    return {**mean_stats, "explained_variance": 1 - unexplained.item()}
 
 
-def residual_agent(vec: VectorEnv, args: Args) -> Agent:
-    bound = np.ones(vec.single_action_space.shape, np.float32)
-    return Agent(vec.single_observation_space.shape[0], -bound, bound, args)
+def make_residual_agent(envs: VectorEnv, args: Args) -> Agent:
+    bound = np.ones(envs.single_action_space.shape, np.float32)
+    return Agent(envs.single_observation_space.shape[0], -bound, bound, args)
 
 
-def train(args: Args) -> dict:
-    """Run PPO as args say. Returns what summary.json holds.
+def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None = None) -> dict:
+    """Train PPO and return the contents of summary.json.
+
+    Args:
+        args: the settings.
+        on_evaluation: called with (step, evaluation) after each evaluation; returning True ends the run.
 
     Raises:
-        UserError: args, a file they name or the environment cannot work.
-        FloatingPointError: observations, rewards, losses or parameters are not finite.
+        UserError: invalid arguments, an unreadable file or an unsupported environment.
+        FloatingPointError: a non-finite observation, reward, statistic or parameter.
     """
-    args = command.checked(args)
-    batch_size = command.steps_per_rollout(args)
-    iterations = args.total_timesteps // batch_size
-    resumed = command.load_to_resume(args, iterations * batch_size, kind="residual")
-    device = run.prepare_torch(args)
-    vec = envs.make_training(args)
-    base_policy = rollout.frozen(args.base_policy, vec)
-    agent = residual_agent(vec, args).to(device)
+    args, device = setup(args)
+    envs = make_train_envs(args)
+    base_policy = make_base_policy(args.base_policy, envs)
+    agent = make_residual_agent(envs, args).to(device)
+    if args.final_log_std is not None:
+        agent.log_std.requires_grad_(False)
     adam = {"lr": args.learning_rate, "eps": 1e-5, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(agent.parameters(), **adam)
-    scaler = RewardScaler(args.num_envs, args.gamma).to(device)
-    gradient = run.compiled(compute_gradient) if args.compile else compute_gradient
-    obs, _ = vec.reset(seed=args.seed)
-    step, best, recent = 0, None, deque(maxlen=100)
+    reward_scaler = RewardScaler(args.num_envs, args.gamma).to(device)
+    backward_fn = compile_function(backward) if args.compile else backward
+    step, best = 0, None
+    obs, _ = envs.reset(seed=args.seed)
 
-    if resumed is not None:
-        run.load_agent(agent, resumed, args, args.resume)
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["reward_scaler"])
-        step, best = resumed["step"], resumed["best"]
-        recent.extend(resumed["recent"])
-        obs = vec.load_state_dict(resumed["envs"])
-        run.set_rng_state(resumed["rng"])
-    elif args.pretrained is not None:
-        run.load_agent(agent, run.load_policy(args.pretrained, kind="residual"), args, args.pretrained)
+    checkpoint = restore(args, "residual", agent, optimizer=optimizer, reward_scaler=reward_scaler, envs=envs)
+    if checkpoint:  # --resume
+        obs, step, best = checkpoint["obs"], checkpoint["step"], checkpoint["best"]
 
-    def checkpoint() -> dict:
+    def policy() -> dict:
+        return policy_contents("residual", Path(__file__).stem, args, agent, step)
+
+    def state() -> dict:
+        """The contents of a checkpoint: the policy and everything else that --resume needs."""
         return {
-            # this part is a policy file
-            "kind": "residual", "env_id": args.env_id, "env_kwargs": args.env_kwargs, "args": asdict(args),
-            "agent": agent.state_dict(), "step": step,
-            # and the rest is what resuming needs
-            "optimizer": optimizer.state_dict(), "reward_scaler": scaler.state_dict(),
-            "envs": vec.state_dict(), "recent": list(recent), "best": best, "rng": run.rng_state(),
-        }  # fmt: skip
+            **policy(),
+            "optimizer": optimizer.state_dict(),
+            "reward_scaler": reward_scaler.state_dict(),
+            "best": best,
+            "envs": envs.state_dict(),
+            "rng": rng_state(),
+        }
 
-    with run.Run("ppo_residual", args, device, resumed, iterations * batch_size) as record:
-        for iteration in range(step // batch_size + 1, iterations + 1):
-            record.snapshot = deepcopy(checkpoint())
-            if iteration <= args.eval_first:
-                policy = Corrected(agent, base_policy, args, vec.single_action_space)
-                record.look(step, rollout.evaluate(policy, args, "validation"))
-            progress = (iteration - 1) / iterations
+    with Run(Path(__file__).stem, args, args.num_iterations * args.batch_size, checkpoint) as run:
+        for iteration in range(step // args.batch_size + 1, args.num_iterations + 1):
+            if run.converged:
+                break
+            progress = (iteration - 1) / args.num_iterations
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
             if args.final_log_std is not None:
-                log_std = (1 - progress) * args.init_log_std + progress * args.final_log_std
-                agent.log_std.requires_grad_(False).fill_(log_std)
-            batch, obs, episodes = collect(agent, vec, base_policy, args, obs, step, device)
-            recent.extend(episodes)
+                agent.log_std.fill_((1 - progress) * args.init_log_std + progress * args.final_log_std)
+
+            rollout, obs, episodes = collect_rollout(agent, base_policy, envs, obs, step, args)
+            step += args.batch_size
             if args.norm_reward:
-                batch = batch._replace(reward=scaler(batch.reward, batch.done))
-            scalars = learn(agent, optimizer, gradient, args, batch, critic_only=iteration <= args.critic_warmup)
-            scalars["train/residual_magnitude"] = batch.action.clamp(-1, 1).norm(dim=-1).mean().item()
-            step += batch_size
-            run.require_finite_update(agent, scalars, step)
+                rollout.reward = reward_scaler(rollout.reward, rollout.done)
+            # The first rollout initializes the normalizer before the update, so that the networks never train on raw
+            # observations. The log-probabilities change little, because the initial mean action is near zero.
+            is_first_update = args.norm_obs and agent.normalizer.count.item() == 0
+            if is_first_update:
+                agent.normalizer.update(rollout.obs.flatten(0, 1))
+            critic_only = iteration <= args.critic_warmup_updates
+            batch = make_batch(agent, rollout, args)
+            stats = ppo_update(agent, optimizer, backward_fn, batch, args, critic_only)
+            stats["learning_rate"] = optimizer.param_groups[0]["lr"]
+            stats["residual_magnitude"] = rollout.action.clamp(-1, 1).norm(dim=-1).mean().item()
+            # Later updates of the normalizer come after the epochs, so that old and new log-probabilities use the same
+            # normalization, and not while the actor is frozen.
+            if args.norm_obs and not (is_first_update or critic_only or args.freeze_obs_stats):
+                agent.normalizer.update(rollout.obs.flatten(0, 1))
+            check_update(agent, stats, step)
 
             evaluation = None
-            if iteration == iterations or run.due(args.eval_every, step, batch_size):
-                policy = Corrected(agent, base_policy, args, vec.single_action_space)
-                evaluation = rollout.evaluate(policy, args, "validation", record.video(step))
-                if best is None or rollout.score(evaluation) > rollout.score(best["evaluation"]):
+            if iteration == args.num_iterations or is_due(args.eval_every, step, args.batch_size):
+                scale, space = args.alpha * args.residual_scale, envs.single_action_space
+                residual_policy = ResidualPolicy(DeterministicPolicy(agent), base_policy, scale, space)
+                evaluation = run.evaluate(residual_policy, step)
+                if is_better(evaluation, best, args.best_metric):
                     best = {"step": step, "agent": deepcopy(agent.state_dict()), "evaluation": evaluation}
-                    record.save_policy("best.pt", checkpoint())
-            record.log(step, recent, episodes, scalars, evaluation)
-            if run.due(args.checkpoint_every, step, batch_size):
-                record.save(f"checkpoints/step_{step:09d}.pt", checkpoint())
+                    run.save("best.pt", policy())
+            run.log(step, stats, episodes, evaluation)
+            if evaluation and on_evaluation and on_evaluation(step, evaluation):
+                break
+            if run.stop_requested and iteration < args.num_iterations:  # Ctrl-C, SIGTERM or SIGUSR1
+                return run.interrupted(state())
+            run.save_checkpoint_if_due(state, step)
 
-        record.save("final.pt", checkpoint())
-        agent.load_state_dict(best["agent"])
-        run.export_onnx(agent, obs.shape[1], record.folder / "policy.onnx", "residual", args.env_kwargs)
-        return record.finish(step, best)
-
-
-def evaluate(args: Args) -> dict:
-    """Measure the policy that args.evaluate names; see rollout.measure."""
-    command.checked(args)
-    run.prepare_torch(args)
-    vec = envs.make_vec(args.env_id, 1, **args.env_kwargs)
-    envs.require_flat_box(vec)
-    if not run.is_policy_path(args.evaluate):
-        return rollout.measure(rollout.scripted(args.evaluate, vec), None, args)
-    base_policy, agent = rollout.frozen(args.base_policy, vec), residual_agent(vec, args)
-    run.load_agent(agent, run.load_policy(args.evaluate, kind="residual"), args, args.evaluate)
-    return rollout.measure(Corrected(agent, base_policy, args, vec.single_action_space), base_policy, args)
+        return run.finish(state(), agent, best, envs)
 
 
-@command.command_line()
-def main() -> None:
-    args = command.parse(Args, Args.tuned, with_policy=("base_policy", "alpha", "act_scale"))
-    evaluate(args) if args.evaluate is not None else train(args)
+def load_policy(checkpoint: dict, envs: VectorEnv) -> Policy:
+    """Build the deterministic policy of a policy file, base included, for evaluation and as an expert for cloning."""
+    args = Args.from_checkpoint(checkpoint)
+    agent = make_residual_agent(envs, args)
+    load_agent(agent, checkpoint, args)
+    base_policy = make_base_policy(args.base_policy, envs)
+    scale, space = args.alpha * args.residual_scale, envs.single_action_space
+    return ResidualPolicy(DeterministicPolicy(agent), base_policy, scale, space)
 
 
 if __name__ == "__main__":
-    main()
+    main(train, Args)

@@ -12,7 +12,7 @@ from mujoco.batch import Batch
 
 from envs.ballbot_depth import BALL_RADIUS, CODE, FAR, DepthCameras, FrozenEncoder
 from envs.ballbot_terrain import POINTS, SPACING, heights
-from envs.batch_env import MOST, SPLITS, BatchEnv, SingleEnv
+from envs.batch_env import SPLITS, BatchEnv, SingleEnv
 from envs.view import View
 
 ASSET = Path(__file__).parent / "assets" / "ballbot.xml"
@@ -181,6 +181,7 @@ class Ballbot(BatchEnv):
     """
 
     controllers: ClassVar = {"pid": PID, "pid-drive": partial(PID, lean=DRIVING_LEAN)}
+    measures: ClassVar = ("distance",)
 
     def __init__(
         self,
@@ -316,10 +317,6 @@ class Ballbot(BatchEnv):
             "distance": self.distance,
         }
 
-    def require_snapshot(self, state: Any) -> None:
-        super().require_snapshot(state)
-        self.require_within(state, {"physics": (-MOST, MOST), "limit": (1, self.max_episode_steps)})
-
     def load_state_dict(self, state: dict) -> np.ndarray:
         before = self.terrain_seed.copy()
         super().load_state_dict(state)
@@ -353,7 +350,7 @@ class BallbotDepth(Ballbot):
 
     Raises:
         ValueError: a value out of its range.
-        UserError: the encoder's file is missing, damaged, or made for another size.
+        ValueError: the encoder's file is missing, damaged, or made for another size.
     """
 
     def __init__(self, *args: Any, depth_size: int = 16, encoder: str | None = None, **others: Any):

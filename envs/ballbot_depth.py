@@ -6,10 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from envs import run
 from envs.ballbot_terrain import POINTS, SIDE, SPACING
-from envs.contents import unlike
-from envs.files import UserError
+from envs.evaluation import read_pt
 
 FAR = 1.0  # m: depths are cut off here
 BALL_RADIUS = 0.09  # m
@@ -155,19 +153,18 @@ class DepthEncoder(nn.Module):
 def save_encoder(path: Path, encoder: DepthEncoder, **about: float | int | str) -> None:
     """Write an encoder with what is to be known of it, such as the error of its reconstructions."""
     state = {"kind": "encoder", "depth_size": encoder.size, "encoder": encoder.state_dict(), **about}
-    run.save(path, state)
+    torch.save(state, path)
 
 
 def load_encoder(path: str) -> dict:
     """What save_encoder wrote.
 
     Raises:
-        UserError: the file is missing, damaged or no encoder.
+        ValueError: the file is missing, damaged or no encoder.
     """
-    content = run.read_pt(Path(path), "tools/pretrain_encoder.py makes an encoder")
+    content = read_pt(path)
     if content.get("kind") != "encoder":
-        raise UserError(f"{path}: holds no encoder; tools/pretrain_encoder.py makes one")
-    run.require(content, {"depth_size": int, "encoder": {str: Tensor}}, path, "tools/pretrain_encoder.py makes another")
+        raise ValueError(f"{path}: holds no encoder; tools/pretrain_encoder.py makes one")
     return content
 
 
@@ -181,17 +178,18 @@ class FrozenEncoder:
         size: pixels along each side of the images that it will get.
 
     Raises:
-        UserError: the file is missing, damaged, no encoder, or one for another size.
+        ValueError: the file is missing, damaged, no encoder, or one for another size.
     """
 
     def __init__(self, path: str, size: int):
         content = load_encoder(path)
         if content["depth_size"] != size:
-            raise UserError(f"{path}: encodes images of depth_size {content['depth_size']}, not {size}")
+            raise ValueError(f"{path}: encodes images of depth_size {content['depth_size']}, not {size}")
         network = DepthEncoder(size)
-        if wrong := unlike(content["encoder"], dict(network.state_dict()), "encoder"):
-            raise UserError(f"{path}: {wrong}; tools/pretrain_encoder.py makes another")
-        network.load_state_dict(content["encoder"])
+        try:
+            network.load_state_dict(content["encoder"])
+        except RuntimeError as error:
+            raise ValueError(f"{path}: {error}; tools/pretrain_encoder.py makes another") from error
         self.network = network.double().eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -1,14 +1,14 @@
 """The learned car of LateralControl-v0: a distribution over the next lateral acceleration, from an ONNX file."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import helper, numpy_helper
 
-from envs.files import UserError
 from envs.lateral_segments import CONTEXT
-from envs.onnx_file import open_session, read_model
 
 BINS = np.linspace(-5, 5, 1024)  # lateral accelerations that the model can tell apart, m/s^2
 TEMPERATURE = np.float32(0.8)
@@ -23,33 +23,38 @@ class Dynamics:
     position counts.
 
     Raises:
-        UserError: the file is missing, no ONNX model, or one with other inputs or outputs.
+        ValueError: the file is missing, no ONNX model, or one with other inputs or outputs.
     """
 
     def __init__(self, path: str | Path, threads: int = 1):
         advice = "model_path is the challenge's tinyphysics.onnx, or left out"
         if not Path(path).is_file():
-            raise UserError(f"{path}: no such file; {advice}")
-        model = read_model(path, advice)
+            raise ValueError(f"{path}: no such file; {advice}")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors are in the exception
+        options.intra_op_num_threads = threads
+        if threads > 1:  # idle threads sleep: a core they would spin on may have other work
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            model = last_position_only(model)
-        except ValueError:  # its output is made in another way; the whole of it does as well
-            pass
-        except Exception as error:  # what onnx raises for damaged files has no common public base
-            raise UserError(f"{path}: not a readable ONNX model; {advice}") from error
-        self.session = open_session(path, model, threads, advice)
+            model = onnx.load_from_string(Path(path).read_bytes())
+            with contextlib.suppress(ValueError):  # its output is made in another way; the whole of it does as well
+                model = last_position_only(model)
+            content = model.SerializeToString()
+            self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # what onnx and onnxruntime raise for damaged files has no common public base
+            raise ValueError(f"{path}: not a readable ONNX model ({error}); {advice}") from error
         found = {i.name: (i.type, i.shape[1:]) for i in self.session.get_inputs()}
         needed = {"states": ("tensor(float)", [CONTEXT, 4]), "tokens": ("tensor(int64)", [CONTEXT])}
         if found != needed:
-            raise UserError(f"{path}: takes {found} instead of {needed}; {advice}")
+            raise ValueError(f"{path}: takes {found} instead of {needed}; {advice}")
         for cars, many in ((2, "two"), (3, "three")):
             try:
                 shape = self.logits(np.zeros((cars, CONTEXT, 4), np.float32), np.zeros((cars, CONTEXT), np.int64)).shape
             except Exception as error:  # a fixed number of cars, for one
-                raise UserError(f"{path}: cannot run {many} cars at once; {advice}") from error
+                raise ValueError(f"{path}: cannot run {many} cars at once; {advice}") from error
             if shape != (cars, len(BINS)):
                 needed = f"{many} cars instead of {(cars, len(BINS))}"
-                raise UserError(f"{path}: gives {shape} logits for {needed}; {advice}")
+                raise ValueError(f"{path}: gives {shape} logits for {needed}; {advice}")
 
     def logits(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """(b, 1024) float32."""

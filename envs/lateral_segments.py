@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from envs.files import UserError
-
 DT = 0.1  # s
 CONTEXT = 20  # rows that the dynamics looks back
 FIRST = 100  # first controlled row
@@ -50,19 +48,21 @@ def load_segment(path: str | Path) -> Segment:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file, strict=True))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a readable CSV file") from error
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a readable CSV file") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: damaged or not a CSV file ({error}); copy it anew or remove it") from error
+        raise ValueError(f"{path}: damaged or not a CSV file ({error}); copy it anew or remove it") from error
     while rows and not rows[-1]:  # blank lines at the end
         rows.pop()
     header = [name.strip() for name in rows[0]] if rows else []
     if missing := [name for name in COLUMNS if name not in header]:
-        raise UserError(f"{path}: no column {', '.join(missing)}; the first line must name {', '.join(COLUMNS)}")
+        raise ValueError(f"{path}: no column {', '.join(missing)}; the first line must name {', '.join(COLUMNS)}")
     if len(rows) - 1 < MIN_ROWS:
-        raise UserError(f"{path}: {len(rows) - 1} rows of data; at least {MIN_ROWS} are needed, so remove the file")
+        raise ValueError(f"{path}: {len(rows) - 1} rows of data; at least {MIN_ROWS} are needed, so remove the file")
     for line, row in enumerate(rows, start=1):
         if len(row) != len(header):
-            raise UserError(f"{path}, line {line}: {len(row)} cells for {len(header)} columns; mend or remove the file")
+            raise ValueError(
+                f"{path}, line {line}: {len(row)} cells for {len(header)} columns; mend or remove the file"
+            )
     cells = dict(zip(header, zip(*rows[1:])))
     read = partial(_column, path, cells)
     return Segment(
@@ -81,7 +81,7 @@ def _column(path: Path, cells: dict[str, tuple[str, ...]], name: str, rows: int 
     for row in np.flatnonzero(~np.isfinite(values))[:1]:
         cell = cells[name][row].strip()
         what = f"holds {cell[:20]!r} instead of a finite number" if cell else "is empty"
-        raise UserError(f"{path}, line {row + 2}: column {name} {what}; mend or remove the file")
+        raise ValueError(f"{path}, line {row + 2}: column {name} {what}; mend or remove the file")
     return values
 
 
@@ -96,10 +96,10 @@ def load_folder(path: str | Path) -> list[Segment]:
     """All *.csv files of a folder, sorted by name."""
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"{path}: no such folder; give the folder that holds the CSV files")
+        raise ValueError(f"{path}: no such folder; give the folder that holds the CSV files")
     files = sorted(folder.glob("*.csv"))
     if not files:
-        raise UserError(f"{path}: no CSV file in this folder; give the folder that holds them (not the one above it)")
+        raise ValueError(f"{path}: no CSV file in this folder; give the folder that holds them (not the one above it)")
     return [load_segment(file) for file in files]
 
 
@@ -109,9 +109,9 @@ def split_of(segments: list[Segment], split: str) -> list[Segment]:
     cut = len(ordered) * 7 // 8
     parts = {"train": ordered[:cut], "validation": ordered[cut:]}
     if split not in parts:
-        raise UserError(f"split {split!r}: a data folder is divided into train and validation; choose one of them")
+        raise ValueError(f"split {split!r}: a data folder is divided into train and validation; choose one of them")
     if not parts[split]:
-        raise UserError(f"{len(ordered)} segment(s) leave none for the split {split}; give a folder with more files")
+        raise ValueError(f"{len(ordered)} segment(s) leave none for the split {split}; give a folder with more files")
     return parts[split]
 
 
@@ -123,7 +123,7 @@ def steady_gain(v: np.ndarray) -> np.ndarray:
 def synthetic(split: str, count: int) -> list[Segment]:
     """The first `count` synthetic segments of a split; segment i depends on the split and i alone."""
     if split not in SYNTHETIC:
-        raise UserError(f"split {split!r}: choose one of {', '.join(SYNTHETIC)}")
+        raise ValueError(f"split {split!r}: choose one of {', '.join(SYNTHETIC)}")
     key = list(SYNTHETIC).index(split)
     draws = [_draw(np.random.default_rng(np.random.SeedSequence(2024, spawn_key=(key, i)))) for i in range(count)]
     if not draws:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from envs.files import UserError
+from envs import UserError
 
 Curve = tuple[str, tuple[int, int, int], np.ndarray]  # label, colour, values at the steps 0, 1, ...
 INK, GRID, PAPER = (60, 60, 60), (225, 225, 225), (255, 255, 255)

@@ -1,146 +1,394 @@
-"""What a training run writes, and how its files are read back."""
+"""A training run: its settings, checkpoints, run directory, stopping and resuming, export. No algorithm is here."""
 
+import ast
 import contextlib
+import csv
+import inspect
 import io
 import json
 import logging
+import math
 import netrc
 import os
 import platform
+import re
 import shutil
-import socket
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
+from tyro.constructors import PrimitiveConstructorSpec
 
-from envs.contents import ARGUMENTS, COUNT, misfit, shown, unlike
-from envs.files import (
-    UserError,
-    WriteError,
-    append,
-    csv_text,
-    lock,
+from envs import UserError, check_flat_box, make_vec, matches
+from envs.evaluation import (
+    ACTION_KWARGS,
+    BLEND,
+    OBS_KWARGS,
+    NonFiniteError,
+    converged_at,
+    evaluate,
+    example_obs,
+    figures,
+    make_eval_envs,
     read_json,
-    read_jsonl,
-    read_progress,
-    read_pt,
-    require,
-    save,
+    read_policy,
     sha256,
-    write_json,
-    write_whole,
 )
-from envs.signals import Interrupted, signals, signals_held
 
+LATEST_INTERVAL = 60.0  # seconds between two writes of checkpoints/latest.pt
 PACKAGES = ("torch", "gymnasium", "mujoco", "numpy", "onnxruntime")
-# Arguments of environments that say what an action means: a deployed policy needs them
-MEANING = {"action_mode", "action_repeat"}
-# and those that say what it sees, where the shape of an observation does not tell
-SIGHT = ("grid_channels", "grid_size", "grid_resolution")
-# What files hold, as envs/contents.py says it: a policy, an evaluation, a process's part of a checkpoint, a checkpoint,
-# a run's config.json
-POLICY = {
-    **{"kind": str, "env_id": str, "env_kwargs": ARGUMENTS, "args": {str: object}},
-    **{"agent": {str: torch.Tensor}, "step": COUNT},
+POLICY_KEYS = ("policy_type", "script", "args", "env_id", "env_kwargs", "files", "agent", "step")
+# Settings that may change when a run is resumed
+MAY_CHANGE = {
+    *("resume", "config", "preset", "run_root", "run_name", "total_timesteps", "device", "threads", "compile"),
+    *("eval_every", "eval_episodes", "checkpoint_every", "stop_at_convergence", "track", "capture_video", "dry_run"),
 }
-POLICY_KEYS = tuple(POLICY)
-EVALUATION = {
-    **{"mean_return": float, "mean_length": float, "success_rate": float | None, "failure_rate": float | None},
-    "metrics": {str: float | None, "score?": float},
+SET_BY_SCRIPT = ("env_id", "num_envs", "seed", "training", "split", "threads", "render_mode", "copies")
+# The smallest and the largest valid value of a setting
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("num_envs", "num_steps", "update_epochs", "threads", "group_size"), (1, 2**20)),
+    **dict.fromkeys(("epochs", "patience", "num_pedestrians", "hidden_sizes", "cnn_channels"), (1, 2**14)),
+    **dict.fromkeys(("pedestrian_hidden", "num_rays"), (1, 2**14)),
+    **dict.fromkeys(("eval_every", "eval_episodes", "checkpoint_every", "critic_warmup_updates"), (0, math.inf)),
+    **dict.fromkeys(("seed", "eval_seed"), (0, 2**32 - 1)),  # NumPy splits a larger seed, and streams could coincide
+    **dict.fromkeys(("ent_coef", "vf_coef", "weight_decay"), (0, 1e9)),
+    **dict.fromkeys(("learning_rate", "clip_coef", "max_grad_norm", "target_kl", "val_fraction"), (1e-12, 1e9)),
+    **dict.fromkeys(("gamma", "gae_lambda"), (0, 1)),
+    **dict.fromkeys(("init_log_std", "final_log_std"), (-20, 5)),
 }
-EPISODE = {"step": COUNT, "return": float, "length": float, "success": bool | None}
-PROCESS = {"envs": dict, "rng": {"cpu": torch.Tensor, "cuda": [torch.Tensor]}}
-CHECKPOINT = {
-    **POLICY,
-    **PROCESS,
-    **{"optimizer": dict, "reward_scaler": {str: torch.Tensor}, "recent": [EPISODE], "other_ranks?": [PROCESS]},
-    "best": (type(None), {"step": COUNT, "agent": {str: torch.Tensor}, "evaluation": EVALUATION}),
-    "evaluations?": [{"step": COUNT, "success_rate": float, "failure_rate": float}],
-}
-PARENTS = {str: {"sha256": str, "config": dict | None, "steps?": int | None}}
-CONFIG = {"parents?": PARENTS, "resumed?": list}
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
-def require_finite(what: str, x: np.ndarray, step: int) -> None:
-    """x: (N, ...), a row for each environment.
+def parse_value(text: str) -> Any:
+    """A number, True or False, a tuple if the text begins with ( or [, or else the text itself."""
+    if text[:1] in ("(", "["):
+        try:
+            return tuple(ast.literal_eval(text))
+        except (SyntaxError, TypeError, ValueError):
+            raise ValueError(f"{text} is not a Python tuple or list") from None
+    if text in ("True", "False"):
+        return text == "True"
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
+
+
+def key_value_pairs(parse: Callable[[str], Any]) -> PrimitiveConstructorSpec:
+    """How tyro reads a dict from the command line: as KEY VALUE KEY VALUE ..."""
+
+    def from_strings(strings: list[str]) -> dict[str, Any]:
+        if len(strings) % 2:
+            raise ValueError(f"a value must follow {strings[-1]}")
+        return {key: parse(value) for key, value in zip(strings[::2], strings[1::2])}
+
+    def to_strings(x: dict) -> list[str]:
+        return [str(word) for pair in x.items() for word in pair]
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[KEY VALUE ...]",
+        instance_from_str=from_strings,
+        is_instance=lambda x: isinstance(x, dict),
+        str_from_instance=to_strings,
+    )
+
+
+EnvKwargs = Annotated[dict[str, int | float | bool | str | tuple], key_value_pairs(parse_value)]
+Thresholds = Annotated[dict[str, float], key_value_pairs(float)]
+
+
+@dataclass(kw_only=True)
+class BaseArgs:
+    """Settings of all scripts."""
+
+    env_id: str | None = None  # environment
+    env_kwargs: EnvKwargs = field(default_factory=dict)  # keyword arguments for the environment, as KEY VALUE pairs
+    eval_env_kwargs: EnvKwargs = field(default_factory=dict)  # for evaluation only, added to --env-kwargs
+    seed: int = 1  # seed of the networks, the environments and the minibatch order
+    threads: int = 1  # CPU threads of the bundled simulators; PyTorch uses one, which is fastest for small networks
+
+    eval_episodes: int = 100  # episodes per evaluation; 0 = every episode of a finite split
+    eval_seed: int = 1  # seed of the evaluation episodes (train, validation and test use disjoint random streams)
+    run_root: str = "runs"  # parent directory of all run directories
+    run_name: str | None = None  # name of the run directory; default: <script>__<env id>__seed<seed>__<time>
+    config: str | None = None  # JSON file of settings, such as the config.json of a run
+    track: bool = False  # also log to Weights & Biases (offline without a login)
+    capture_video: bool = False  # record the first episode of each evaluation in videos/
+    dry_run: bool = False  # smoke test: one iteration, an evaluation of two episodes, all output files
+
+    @classmethod
+    def check_values(cls, values: dict[str, Any], source: str, strict: bool = True) -> dict[str, Any]:
+        """Settings from a JSON file or a checkpoint, with tuples for lists. Unknown names are dropped unless strict.
+
+        Raises:
+            UserError: an unknown name or a value of the wrong type.
+        """
+        types = {f.name: f.type for f in fields(cls)}
+        if strict and (unknown := [name for name in values if name not in types]):
+            raise UserError(f"{source}: unknown setting {unknown[0]!r}; --help lists the settings")
+
+        def with_tuples(x: Any) -> Any:
+            if isinstance(x, dict):
+                return {k: with_tuples(item) for k, item in x.items()}
+            return tuple(map(with_tuples, x)) if isinstance(x, list) else x
+
+        values = with_tuples({k: x for k, x in values.items() if k in types})
+        for name, value in values.items():
+            if not matches(value, types[name]):
+                raise UserError(f"{source}: {name} cannot be {value!r}; --help says what it takes")
+        return values
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: dict) -> Self:
+        """The settings of a policy file, with its environment."""
+        values = cls.check_values(checkpoint["args"], checkpoint["file"], strict=False)
+        return cls(**values | {"env_id": checkpoint["env_id"], "env_kwargs": checkpoint["env_kwargs"]})
+
+
+@dataclass(kw_only=True)
+class RunArgs(BaseArgs):
+    """Settings of the PPO scripts that do not belong to the algorithm."""
+
+    device: Literal["auto", "cpu", "cuda"] = "cpu"  # device for the networks; auto = CUDA if available
+    compile: bool = False  # compile the gradient step with torch.compile (needs a C++ compiler)
+    deterministic: bool = False  # use deterministic GPU algorithms only
+
+    eval_every: int = 100_000  # environment steps between evaluations on the validation split; 0 = only at the end
+    checkpoint_every: int = 100_000  # environment steps between checkpoints; 0 = none
+    best_metric: str = "auto"  # metric that selects best.pt; auto = success rate, then the task's score or mean return
+    stop_at_convergence: Thresholds | None = None  # stop when three evaluations meet METRIC THRESHOLD ...
+    preset: str | None = None  # named settings that replace the defaults; default: the preset of the task
+    resume: str | None = None  # run directory or checkpoint to continue; Gymnasium environments start fresh episodes
+    pretrained: str | None = None  # policy file or run that initializes actor, critic and normalizer
+
+    @property
+    def batch_size(self) -> int:
+        """Environment steps per iteration. With action repeat k, one action counts as k steps."""
+        return self.num_envs * self.num_steps * self.env_kwargs.get("action_repeat", 1)
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.batch_size
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check_args(args: BaseArgs) -> None:
+    """Raises UserError for a setting out of range, a package that is missing or a setting that the script makes."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name, None)
+        for x in value if isinstance(value, tuple) else [value]:
+            if x is not None and not low <= x <= high:
+                raise UserError(f"{flag(name)} must be from {low:g} to {high:g}, not {x}")
+    for name in SET_BY_SCRIPT:
+        if name in args.env_kwargs or name in args.eval_env_kwargs:
+            raise UserError(f"--env-kwargs {name}: the script sets it; use {flag(name)} if there is such a flag")
+    for name, package, extra in (("track", "wandb", "track"), ("capture_video", "moviepy", "video")):
+        if getattr(args, name) and find_spec(package) is None:
+            raise UserError(f"{flag(name)} needs {package}: pip install -e '.[{extra}]'")
+
+
+def setup(args: Any, distributed: bool = False) -> tuple[Any, torch.device]:
+    """Check the settings of a PPO script, seed PyTorch and select the device. Returns the settings, shortened for
+    --dry-run, and the device. `distributed` says whether torchrun may start the script.
 
     Raises:
-        FloatingPointError: names the step and the environment of the first value that is not finite.
+        UserError: a value that cannot work.
     """
-    if not np.isfinite(x).all():
-        row = int(np.isfinite(x).reshape(len(x), -1).all(1).argmin())
-        raise FloatingPointError(f"{what} not finite at step {step} in environment {row}; the last checkpoint is good")
+    if torch.distributed.is_torchelastic_launched() and not distributed:
+        raise UserError("this script trains in one process; start it without torchrun")
+    if args.env_kwargs.get("action_repeat", 1) not in range(1, 10**6):
+        raise UserError("--env-kwargs action_repeat must be a whole number from 1")
+    if args.dry_run:
+        args = replace(args, total_timesteps=args.batch_size, checkpoint_every=args.batch_size, eval_episodes=2)
+    check_args(args)
+    rollout_size = args.num_envs * args.num_steps
+    if args.minibatch_size < 2 or rollout_size % args.minibatch_size:
+        raise UserError(f"--minibatch-size must be at least 2 and divide num_envs * num_steps = {rollout_size}")
+    if args.total_timesteps < args.batch_size:
+        raise UserError(f"--total-timesteps must be at least one rollout, {args.batch_size} steps")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU; use --device cpu or install PyTorch with CUDA")
+    if getattr(args, "freeze_obs_stats", False) and not (args.norm_obs and args.pretrained):
+        raise UserError("--freeze-obs-stats needs --norm-obs and --pretrained")
+    if args.stop_at_convergence == {}:
+        raise UserError("--stop-at-convergence needs METRIC THRESHOLD pairs, such as success_rate 0.9")
 
-
-def require_finite_update(agent: nn.Module, scalars: dict[str, float], step: int) -> None:
-    """Raises FloatingPointError if an update left a statistic or a parameter that is not finite."""
-    wrong = [name for name, value in scalars.items() if "variance" not in name and not np.isfinite(value)]
-    wrong += [name for name, parameter in agent.named_parameters() if not torch.isfinite(parameter).all()]
-    if wrong:
-        raise FloatingPointError(
-            f"{wrong[0]} not finite after step {step}; the last checkpoint is good; try a lower --learning-rate"
-        )
-
-
-# PyTorch
-
-
-def prepare_torch(args: Any) -> torch.device:
-    """Seed and determinism as args say; the device to use."""
-    torch.set_num_threads(1)  # for layers of 64 units more of them cost more than they save
+    torch.set_num_threads(1)  # for layers of 64 units more threads cost more than they save
     torch.manual_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    return args, torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def compiled(function: Callable) -> Callable:
-    """torch.compile, able to see through loss.backward() where this version of PyTorch can.
+def make_train_envs(args: Any, flat: bool = True, **kwargs: Any) -> Any:
+    """The training environments. The evaluation's are made once before, so that their errors appear now.
 
     Raises:
-        UserError: there is no compiler; or, from the first call on, it failed.
+        UserError: invalid arguments, a space that the agent does not support, or no frame for --capture-video.
     """
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # what PyTorch looks for
-    if shutil.which(compiler) is None:
-        raise UserError(
-            f"--compile needs a C++ compiler, and there is no {compiler}; install it or leave --compile out"
-        )
-    from torch._inductor.async_compile import AsyncCompile  # slow to import
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    check_evaluation(args)
+    group_size = getattr(args, "group_size", 1)
+    if args.num_envs % group_size:
+        raise UserError(f"--group-size must divide --num-envs {args.num_envs}")
+    if group_size > 1:
+        kwargs["copies"] = group_size
+    envs = make_vec(args.env_id, args.num_envs, threads=args.threads, **kwargs, **args.env_kwargs)
+    if flat:
+        check_flat_box(envs)
+    known = ("success_rate", "failure_rate", "mean_return", "mean_length", *envs.measures)
+    for metric in (args.best_metric, *(args.stop_at_convergence or ())):
+        if metric not in ("auto", *known):
+            raise UserError(f"{metric} is not a metric of {args.env_id}; choose from {', '.join(known)}")
+    return envs
 
+
+def check_evaluation(args: BaseArgs) -> None:
+    """Make the evaluation environment and, with --capture-video, render a frame. Raises UserError if that fails."""
+    rendering = {"render_mode": "rgb_array"} if args.capture_video else {}
+    envs = make_eval_envs(args, 1, "validation", **rendering)
+    if args.capture_video:
+        envs.reset(seed=args.eval_seed)
+        if not isinstance(envs.render(), np.ndarray):
+            raise UserError(f"--capture-video: {args.env_id} does not render images")
+    envs.close()
+
+
+def compile_function(function: Callable) -> Callable:
+    """torch.compile that traces through loss.backward() where this version of PyTorch can.
+
+    Raises:
+        UserError: there is no compiler or, at the first call, it fails.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(f"--compile needs a C++ compiler, and there is no {compiler}; install it")
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):
         torch._dynamo.config.trace_autograd_ops = True
-    fast = torch.compile(function)
+    compiled = torch.compile(function)
 
     def call(*args: Any) -> Any:
         try:
-            return fast(*args)
-        except Interrupted:  # or the process would end only when all that waits is compiled
-            AsyncCompile.pool().shutdown(wait=False, cancel_futures=True)
-            raise
+            return compiled(*args)
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            reason = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
-            remedy = f"delete PyTorch's cache {cache_dir()}, where a killed process may have left a damaged file"
-            raise UserError(f"--compile failed ({reason}); {remedy}, or leave --compile out") from error
+            from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+            advice = f"delete the cache {cache_dir()}, which a killed process may have damaged"
+            raise UserError(f"--compile failed ({error.inner_exception}); {advice}") from error
 
     return call
 
 
+def check_update(agent: nn.Module, stats: dict[str, float], step: int) -> None:
+    """Raises NonFiniteError if a statistic or a parameter is not finite after an update."""
+    wrong = [name for name, x in stats.items() if name != "explained_variance" and not math.isfinite(x)]
+    wrong += [name for name, parameter in agent.named_parameters() if not parameter.isfinite().all()]
+    if wrong:
+        raise NonFiniteError(f"{wrong[0]} is not finite after step {step}; try a lower --learning-rate")
+
+
+def is_due(interval: int, step: int, batch_size: int) -> bool:
+    """Whether the last batch_size steps contain a multiple of the interval; never if the interval is 0."""
+    return interval > 0 and step // interval > (step - batch_size) // interval
+
+
+# Files
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError, such as a full disk, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        advice = "free some space or make it writable, then continue with --resume"
+        raise UserError(f"{path} could not be written ({error.strerror or error}); {advice}") from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves either the old content or the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(to_json(row)) + "\n" for row in rows)
+
+
+def to_json(x: Any) -> Any:
+    """With None for NaN and infinity, which JSON does not have, and text for other objects."""
+    return json.loads(json.dumps(x, default=str), parse_constant=lambda constant: None)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_file(path, (json.dumps(to_json(content), indent=2) + "\n").encode())
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The lines of a log, without a torn last one."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def cut_log(source: Path, target: Path, last_step: int) -> None:
+    """Copy the lines of a .jsonl or .csv log up to a step, and the header. A torn last line has no step."""
+    lines = source.read_text(encoding="utf-8").splitlines(keepends=True) if source.exists() else []
+    steps = [re.match(r'(?:{"step": )?(\d+),', line) for line in lines]
+    kept = [
+        line for line, step in zip(lines, steps) if line.startswith("step,") or (step and int(step[1]) <= last_step)
+    ]
+    write_file(target, "".join(kept).encode())
+
+
+def save_pt(path: Path, content: dict) -> None:
+    """Save a dict so that it loads with weights_only=True: arrays become tensors and NumPy scalars numbers."""
+
+    def plain(x: Any) -> Any:
+        return torch.as_tensor(x) if isinstance(x, np.ndarray) else x.item() if isinstance(x, np.generic) else x
+
+    buffer = io.BytesIO()
+    torch.save(tree_map(plain, content), buffer)
+    write_file(path, buffer.getvalue())
+
+
+# Checkpoints
+
+
 def rng_state() -> dict:
-    """PyTorch's random generators."""
+    """The state of PyTorch's random generators."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
@@ -150,205 +398,151 @@ def set_rng_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def due(every: int, step: int, batch_size: int) -> bool:
-    """Whether a multiple of `every` steps lies in the batch that ended at `step`; never if every is 0."""
-    return every > 0 and step // every > (step - batch_size) // every
+def run_folder(path: str | Path) -> Path:
+    """The run directory that a file belongs to, or the directory itself."""
+    file = Path(path).resolve()
+    if file.is_dir():
+        return file
+    return file.parent.parent if file.parent.name == "checkpoints" else file.parent
 
 
-CONVERGED_SUCCESS, CONVERGED_FAILURE, IN_A_ROW = 0.9, 0.05, 3
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The checkpoints of a run directory; those that are named by their step come last, the newest of them first."""
+    names = [folder / "final.pt", folder / "interrupted.pt", folder / "checkpoints" / "latest.pt"]
+    return [*filter(Path.exists, names), *sorted(folder.glob("checkpoints/step_*.pt"), reverse=True)]
 
 
-def converged_at(evaluations: list[dict]) -> int | None:
-    """The step of the first of three evaluations in a row with success >= 0.9 and failure <= 0.05; None without."""
-    row: list[int] = []
-    for e in evaluations:
-        good = e["success_rate"] >= CONVERGED_SUCCESS and e["failure_rate"] <= CONVERGED_FAILURE
-        row = [*row, e["step"]] if good else []
-        if len(row) == IN_A_ROW:
-            return row[0]
-    return None
-
-
-# Policies and checkpoints
-
-
-def load(path: Path) -> dict:
-    """A checkpoint or a policy file.
+def read_checkpoint(path: str, quiet: bool = False) -> dict:
+    """A checkpoint file, or the readable checkpoint of a run directory with the largest step.
 
     Raises:
-        UserError: the file is missing, damaged, or something else.
+        UserError: there is none, or the file is a policy without training state.
     """
-    content = read_pt(path, "use another checkpoint")
-    if not set(POLICY_KEYS) <= content.keys():
-        raise UserError(
-            f"{path}: not a policy of this project; give best.pt, final.pt or checkpoints/step_*.pt of a run"
-        )
-    require(content, POLICY, path, "use another file")
-    return content
+    newest: dict | None = None
+    is_run = Path(path).is_dir()
+    for file in checkpoint_files(Path(path)) if is_run else [Path(path)]:
+        if newest is not None and file.name <= f"step_{newest['step']:09d}.pt" and file.name.startswith("step_"):
+            break
+        try:
+            checkpoint = read_policy(str(file))
+        except UserError as error:
+            if not is_run or "damaged" not in str(error):
+                raise
+            if not quiet:
+                print(f"skipped {error}", file=sys.stderr)
+            continue
+        if "optimizer" not in checkpoint:
+            raise UserError(f"{file}: a policy without training state; start from it with --pretrained")
+        if newest is None or checkpoint["step"] > newest["step"]:
+            newest = checkpoint
+    if newest is None:
+        raise UserError(f"{path}: no readable checkpoint; --resume takes a run directory or a checkpoint")
+    return newest
 
 
-def load_checkpoint(path: Path, kind: str | None = None) -> dict:
-    """A .pt file that holds all that resuming needs."""
-    checkpoint = load_policy(str(path), kind)
-    if "optimizer" not in checkpoint:
-        raise UserError(f"{path}: a policy without its training state; --pretrained starts from one, --resume cannot")
-    require(checkpoint, CHECKPOINT, path, "use another checkpoint")
+@contextlib.contextmanager
+def restoring(path: str) -> Iterator[None]:
+    """Turns an error while a checkpoint is loaded into a UserError."""
     try:
-        torch.Generator().set_state(checkpoint["rng"]["cpu"])
-    except (RuntimeError, TypeError):
-        raise UserError(f"{path}: its rng.cpu is no state of PyTorch's generator; use another checkpoint") from None
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise UserError(f"{path} does not fit this version or these settings: {error}") from error
+
+
+def restore(args: Any, policy_type: str, agent: nn.Module, **objects: Any) -> dict | None:
+    """Load what --resume or --pretrained names.
+
+    --pretrained initializes the agent alone. --resume also loads each of `objects` from the entry of the checkpoint
+    with its name, and PyTorch's random generators; checkpoint["obs"] is the observation to continue from.
+
+    Returns:
+        The checkpoint of --resume, or None.
+
+    Raises:
+        UserError: the file does not fit, the run is complete, or a setting differs that must stay as it was.
+    """
+    if not args.resume:
+        if args.pretrained:
+            load_agent(agent, read_policy(args.pretrained, policy_type), args)
+        return None
+    checkpoint = read_checkpoint(args.resume)
+    check_resume(args, checkpoint, policy_type)
+    load_agent(agent, checkpoint, args)
+    with restoring(checkpoint["file"]):
+        for name, x in objects.items():
+            obs = x.load_state_dict(checkpoint[name])
+            if name == "envs":
+                checkpoint["obs"] = obs
+        set_rng_state(checkpoint["rng"])
     return checkpoint
 
 
-def is_policy_path(name: str) -> bool:
-    """Whether --evaluate's argument is a policy file or a run directory, not the name of a scripted controller."""
-    scripted = name.endswith(".onnx") or name.startswith("blend:")
-    return not scripted and (name.endswith(".pt") or os.sep in name or Path(name).is_dir())
+def check_resume(args: Any, checkpoint: dict, policy_type: str) -> None:
+    """Raises UserError if a run is complete or cannot continue with these settings."""
+    if checkpoint["policy_type"] != policy_type:
+        raise UserError(f"{args.resume}: holds a {checkpoint['policy_type']}, but a {policy_type} is needed")
+    before = type(args)(**args.check_values(checkpoint["args"], checkpoint["file"]))
+    for f in fields(args):
+        old, new = getattr(before, f.name), getattr(args, f.name)
+        if isinstance(old, dict) and isinstance(new, dict):  # paths may change, but not the names of files and folders
+            old, new = ({k: Path(x).name if os.path.exists(str(x)) else x for k, x in d.items()} for d in (old, new))
+        if f.name not in MAY_CHANGE and to_json(old) != to_json(new):
+            advice = "--pretrained starts a new run from a policy"
+            raise UserError(f"{flag(f.name)} was {old!r} in {args.resume} and cannot change to {new!r}; {advice}")
+    summary = run_folder(args.resume) / "summary.json"
+    completed = summary.exists() and read_json(summary).get("status") == "completed"
+    is_last = completed and Path(checkpoint["file"]).name == "final.pt"  # an older checkpoint can be continued
+    done = is_last and args.total_timesteps <= before.total_timesteps
+    if done or checkpoint["step"] > args.num_iterations * args.batch_size:
+        raise UserError(f"{args.resume} is complete at {checkpoint['step']:,} steps; raise --total-timesteps to go on")
 
 
-def policy_file(path: str) -> Path:
-    """best.pt of a run directory, or the file itself."""
-    return Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
-
-
-def video_path(args: Any) -> Path | None:
-    """Where --capture-video records the evaluation of args.evaluate: beside the policy, or among the runs."""
-    if not args.capture_video:
-        return None
-    if is_policy_path(args.evaluate):
-        return policy_file(args.evaluate).parent / "videos" / "evaluation.mp4"
-    return Path(args.run_root) / "videos" / f"{args.env_id}__{Path(args.evaluate).stem}.mp4"
-
-
-def load_policy(path: str, kind: str | None = None) -> dict:
-    """A policy file, or the best policy of a run; with `kind` (policy, residual) another kind is refused."""
-    file = policy_file(path)
-    policy = load(file)
-    if kind is not None and policy["kind"] != kind:
-        raise UserError(f"{file}: holds a {policy['kind']}, where a {kind} is needed; use the script that trained it")
-    return policy
-
-
-def run_folder(path: str) -> Path:
-    """The run that a file belongs to, or the run directory itself."""
-    path = Path(path).resolve()
-    return path if path.is_dir() else path.parent.parent if path.parent.name == "checkpoints" else path.parent
-
-
-def new_folder(folder: Path) -> bool:
-    """Make the directory of a run; False if it is there already.
+def load_agent(agent: nn.Module, policy: dict, args: Any) -> None:
+    """Copy the parameters and the normalizer of a policy file into an agent.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the policy is for another environment, network, observation or action range.
     """
-    try:
-        folder.mkdir(parents=True)
-        (folder / "checkpoints").mkdir()
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}); choose another --run-root") from None
-    return True
-
-
-def what_else(folder: Path) -> str:
-    """What can be done about a directory that is there already, besides choosing another one."""
-    if any(checkpoints_in(folder)):
-        return ", or continue it with --resume"
-    weights = any(folder.glob("*.pt")) or not (folder / ".lock").exists()
-    return "" if weights else ", or remove it, if nothing is training there: it holds no weights"
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The files of a run directory from which it can be resumed."""
-    return [file for name in ("checkpoints/step_*.pt", "interrupted.pt", "final.pt") for file in folder.glob(name)]
-
-
-def find_checkpoint(path: str, say: bool = True) -> Path:
-    """The file itself, or a run directory's newest readable checkpoint; `say` which damaged ones are skipped."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return folder
-    found, damaged = [], []
-    for file in checkpoints_in(folder):
-        try:
-            found.append((load_checkpoint(file)["step"], file))
-        except UserError as error:
-            damaged.append(f"skipped: {error}")
-    if damaged and (say or not found):
-        print("\n".join(damaged), file=sys.stderr)
-    if not found:
-        raise UserError(
-            f"{path}: no readable checkpoint in this directory; --resume takes a run directory or a .pt file"
-        )
-    return max(found)[1]
-
-
-def load_agent(agent: nn.Module, policy: dict, args: Any, source: str) -> None:
-    """Copy actor, critic and normaliser from a policy file.
-
-    Raises:
-        UserError: it belongs to another environment, its networks have other sizes, or its actions another range.
-    """
+    source, ours, theirs = policy["file"], agent.state_dict(), policy["agent"]
     if policy["env_id"] != args.env_id:
-        raise UserError(
-            f"{source}: a policy for {policy['env_id']}, not {args.env_id}; give its --env-id or another file"
-        )
-    own, theirs = agent.state_dict(), policy["agent"]
-    for name in {**own, **theirs}:
-        here, there = (tuple(state[name].shape) if name in state else "absent" for state in (own, theirs))
-        if here != there:
-            advice = "use the settings it was trained with, such as --hidden-sizes"
-            raise UserError(f"{source}: {shown(name)[1:-1]} is {there} there and {here} here; {advice}")
-        if own[name].dtype != theirs[name].dtype:
-            raise UserError(f"{source}: {name} is {theirs[name].dtype}, not {own[name].dtype}; use another file")
-    for name in SIGHT:
+        raise UserError(f"{source}: a policy for {policy['env_id']}, not {args.env_id}; give its --env-id")
+    for name in OBS_KWARGS + ACTION_KWARGS:
         here, there = (kwargs.get(name, "the default") for kwargs in (args.env_kwargs, policy["env_kwargs"]))
         if here != there:
-            raise UserError(f"{source}: was trained with {name} {there}, not {here}; give it in --env-kwargs")
-    for name in {"center", "scale"} & {*own}:
-        if not torch.equal(own[name].cpu(), theirs[name].cpu()):
+            raise UserError(f"{source}: was trained with {name} {there}, not {here}; set it with --env-kwargs")
+    for name in ours | theirs:
+        here, there = (tuple(x[name].shape) if name in x else "absent" for x in (ours, theirs))
+        if here != there:
+            advice = "use the settings that it was trained with, such as --hidden-sizes"
+            raise UserError(f"{source}: {name} has shape {there}, not {here}; {advice}")
+        if name in ("action_low", "action_high") and not torch.equal(ours[name].cpu(), theirs[name]):
             raise UserError(f"{source}: its actions have another range; give the --env-kwargs it was trained with")
-    # Whoever does not resume takes no more than the networks
-    if getattr(args, "resume", None) is not None and "optimizer" in policy:
-        require_training_state(agent, policy, args, source)
     agent.load_state_dict(theirs)
 
 
-def require_training_state(agent: nn.Module, checkpoint: dict, args: Any, source: str) -> None:
-    """Raises UserError unless the checkpoint's optimiser, reward scaler and best policy fit the networks."""
-    parameters = dict(enumerate(agent.parameters()))
-    adam = torch.optim.AdamW(agent.parameters(), fused=True).state_dict()["param_groups"][0]
-    saved, scalar = checkpoint["optimizer"], torch.zeros(())
-    settings = {"lr": float, "eps": float, "weight_decay": float, "betas": [float], "params": list}
-    wrong = misfit(saved, {"param_groups": [settings], "state": {int: dict}}, "optimizer")
-    if not wrong:
-        # A parameter without a gradient so far has no state; another version of PyTorch may have other settings
-        used = [i for i in saved["state"] if i in parameters]
-        moments = {i: {"step": scalar, "exp_avg": parameters[i], "exp_avg_sq": parameters[i]} for i in used}
-        wrong = unlike(saved["state"], moments, "optimizer.state")
-        shared = [{name: adam[name] for name in adam if name in group} for group in saved["param_groups"][:1]]
-        known = [{name: x for name, x in group.items() if name in adam} for group in saved["param_groups"]]
-        wrong = wrong or unlike(known, shared, "optimizer.param_groups")
-        wrong = wrong or (
-            "" if known and known[0]["params"] == adam["params"] else "its optimizer has other parameters"
-        )
-    stats = {"stats.mean": scalar, "stats.var": scalar, "stats.count": torch.zeros((), dtype=torch.int64)}
-    scaler = {"returns": torch.zeros(args.num_envs), **stats}
-    wrong = wrong or unlike(checkpoint["reward_scaler"], scaler, "reward_scaler")
-    if checkpoint["best"] is not None:
-        wrong = wrong or unlike(checkpoint["best"]["agent"], checkpoint["agent"], "best.agent")
-    if wrong:
-        raise UserError(f"{source}: {wrong}; resume from another checkpoint")
+def file_hashes(args: BaseArgs) -> dict[str, str]:
+    """{path: sha256} of the files that a policy depends on: ONNX base policies and files among the env_kwargs."""
+    base_policy = getattr(args, "base_policy", "")
+    blend = BLEND.fullmatch(base_policy)
+    names = [*(blend.groups() if blend else [base_policy]), *args.env_kwargs.values()]
+    return {name: sha256(name) for name in names if isinstance(name, str) and os.path.isfile(name)}
 
 
-def export_onnx(agent: nn.Module, obs: int | dict[str, Any], path: Path, kind: str, env_kwargs: dict) -> None:
-    """The deployed policy, normaliser included: input obs (batch, number of observations), or those of a dict of
-    observations (batch, ...) such as `obs`; output action. The kind (policy, residual) and what in env_kwargs says how
-    its actions are meant stand in the file's metadata."""
-    batches = {"obs": torch.zeros(2, obs)} if isinstance(obs, int) else {k: torch.as_tensor(x) for k, x in obs.items()}
-    inputs = {name: torch.zeros(2, *x.shape[1:], dtype=x.dtype) for name, x in batches.items()}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of a missing torchvision, which we do not need
+def policy_contents(policy_type: str, script: str, args: Any, agent: nn.Module, step: int) -> dict:
+    """The contents of a policy file, which are also the first entries of a checkpoint. policy_type is policy or
+    residual; `script` names the file that defines load_policy."""
+    about = {"policy_type": policy_type, "script": script, "args": asdict(args), "files": file_hashes(args)}
+    environment = {"env_id": args.env_id, "env_kwargs": args.env_kwargs}
+    return {**about, **environment, "agent": agent.state_dict(), "step": step}
+
+
+def export_onnx(agent: nn.Module, envs: Any, policy: dict, path: Path) -> None:
+    """Export the deterministic policy, normalizer included: observations (batch, ...) to action (batch, action_dim).
+    The metadata say what the policy is for."""
+    obs = example_obs(envs)
+    obs = obs if isinstance(obs, dict) else {"obs": obs}
+    inputs = {name: torch.as_tensor(obs[name]) for name in inspect.signature(agent.forward).parameters}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is missing
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -362,393 +556,366 @@ def export_onnx(agent: nn.Module, obs: int | dict[str, Any], path: Path, kind: s
         )
     model = program.model_proto
     for part in (*model.graph.node, *model.graph.value_info, *model.graph.initializer, model.graph, model):
-        part.ClearField("metadata_props")  # where the exporter notes source lines, with their absolute paths
-    meaning = {name: json.dumps(env_kwargs[name]) for name in MEANING & {*env_kwargs}}
-    for key, value in {"kind": kind, **meaning}.items():
-        entry = model.metadata_props.add()
-        entry.key, entry.value = key, value
-    write_whole(path, model.SerializeToString())
+        part.ClearField("metadata_props")  # the exporter notes source lines there, with absolute paths
+    metadata = {name: policy[name] for name in ("policy_type", "script", "env_id")}
+    metadata |= {name: json.dumps(x) for name, x in policy["env_kwargs"].items() if name in ACTION_KWARGS}
+    if policy["policy_type"] == "residual":
+        metadata |= {name: str(policy["args"][name]) for name in ("base_policy", "alpha", "residual_scale")}
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value)
+    write_file(path, model.SerializeToString())
 
 
-# The run directory
+# The run
 
 
-class Events:
-    """TensorBoard's log. PyTorch's own writer has a thread that writes up to two minutes late: a killed process would
-    lose what its last checkpoint has already seen, and an error on the disk ends in that thread.
+class StopSignal:
+    """A context in which SIGINT, SIGTERM and SIGUSR1 set stop_requested instead of ending the process."""
+
+    signum: int | None = None
+
+    @property
+    def stop_requested(self) -> bool:
+        return self.signum is not None
+
+    def __enter__(self) -> Self:
+        main_thread = threading.current_thread() is threading.main_thread()  # others cannot install handlers
+        self.previous = {s: signal.signal(s, self._handle) for s in STOP_SIGNALS} if main_thread else {}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        if self.signum is None:
+            self.signum, self.since = signum, time.monotonic()
+            os.write(2, b"\nstopping after this iteration; press again to stop at once\n")
+        elif time.monotonic() - self.since > 1:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+
+class NullRun(StopSignal):
+    """The run of a rank above 0, which writes nothing."""
+
+    latest_due = converged = False
+
+    def save(self, name: str, content: dict) -> None:
+        pass
+
+    def log(self, *args: Any) -> None:
+        pass
+
+    def evaluate(self, policy: Any, step: int) -> dict:
+        raise NotImplementedError("rank 0 evaluates")
+
+    def interrupted(self, checkpoint: dict) -> dict:
+        return {"status": "interrupted", "signal": int(self.signum or signal.SIGTERM)}
+
+    def finish(self, *args: Any) -> dict:
+        return {"status": "completed"}
+
+
+class Run(StopSignal):
+    """A run directory, and the context in which a script trains.
 
     Args:
-        folder: where it lies.
-        purge_step: the step from which on what earlier files say no longer counts.
+        script: name of the training script, without .py.
+        args: its settings.
+        total_steps: step at which the run is complete.
+        checkpoint: what the run is resumed from; logs and best.pt are cut back to it.
+
+    Raises:
+        UserError: the directory exists, another process is training in it, or it cannot be written.
     """
 
-    def __init__(self, folder: Path, purge_step: int | None):
-        self.path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._write(file_version="brain.Event:2", step=purge_step or 0)
-        if purge_step is not None:
-            from tensorboard.compat.proto.event_pb2 import SessionLog
+    def __init__(self, script: str, args: Any, total_steps: int, checkpoint: dict | None = None):
+        self.script, self.args, self.total_steps = script, args, total_steps
+        self.start_step = checkpoint["step"] if checkpoint else 0
+        self.step, self.start_time, self.last_save = self.start_step, time.time(), time.monotonic()
+        self.fresh_episodes = bool(checkpoint) and "fresh_episodes" in checkpoint["envs"]
+        self.completed = False
+        source = run_folder(args.resume) if checkpoint else None
+        self.folder = self._make_folder(source)
+        self.lock = self._lock()
+        self.recent_episodes: deque[dict] = deque(maxlen=100)
+        self.evaluations: list[dict] = []
+        if checkpoint:
+            self._cut_back(source, checkpoint)
+            self.recent_episodes.extend(read_jsonl(self.folder / "episodes.jsonl"))
+            self.evaluations = read_jsonl(self.folder / "evaluations.jsonl")
+        self.config = self._make_config(source)
+        self.wandb = self._start_wandb() if args.track else None
+        write_json(self.folder / "config.json", self.config)
+        print(self.folder, file=sys.stderr)
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self._write(session_log=SessionLog(status=SessionLog.START), step=purge_step)
+        with writing(self.folder):
+            self.writer = SummaryWriter(self.folder, purge_step=self.start_step + 1 if checkpoint else None)
+            table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+            self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{table}", self.start_step)
 
-    def add(self, step: int, scalars: dict[str, float]) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
+    def _make_folder(self, source: Path | None) -> Path:
+        root, name = Path(self.args.run_root), self.args.run_name
+        if source is not None and (name is None or (root / name).resolve() == source):
+            if not (source / "config.json").exists():
+                raise UserError(f"{self.args.resume}: not in a run directory; give a new one with --run-name")
+            return source
+        env_id = self.args.env_id.replace("/", "-").replace(":", "-")
+        folder = root / (name or f"{self.script}__{env_id}__seed{self.args.seed}__{datetime.now():%Y%m%d-%H%M%S}")
+        if name is None and folder.exists():  # another run began in this second
+            folder = folder.with_name(f"{folder.name}-{os.getpid()}")
+        if folder.exists():
+            advice = ", or continue it with --resume" if checkpoint_files(folder) else ""
+            raise UserError(f"{folder} exists; choose another --run-name{advice}")
+        with writing(folder):
+            (folder / "checkpoints").mkdir(parents=True)
+        return folder
 
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        self._write(summary=Summary(value=values), step=step)
+    def _lock(self) -> Any:
+        import filelock
 
-    def _write(self, **event: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
+        lock = filelock.FileLock(self.folder / ".lock", timeout=0)
+        with writing(self.folder):
+            try:
+                lock.acquire()
+            except filelock.Timeout:  # which is an OSError
+                raise UserError(f"{self.folder}: another process is training in it; wait for its end") from None
+        return lock
 
-        record = io.BytesIO()
-        RecordWriter(record).write(Event(wall_time=time.time(), **event).SerializeToString())
-        append(self.path, record.getvalue())
+    def _cut_back(self, source: Path, checkpoint: dict) -> None:
+        """Keep of the run in `source` only what came before the checkpoint."""
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
+        for name in ("progress.csv", "evaluations.jsonl", "episodes.jsonl"):
+            cut_log(source / name, self.folder / name, self.start_step)
+        for file in checkpoint_files(self.folder):
+            with contextlib.suppress(UserError):
+                if read_policy(str(file))["step"] > self.start_step:
+                    file.unlink()
+        for name in ("summary.json", "best.pt"):
+            (self.folder / name).unlink(missing_ok=True)
+        if checkpoint["best"] is not None:
+            self.save("best.pt", {k: checkpoint["best"].get(k, checkpoint[k]) for k in POLICY_KEYS})
 
-
-class Run:
-    """A run's directory, and the context in which it trains: whatever ends the training leaves a summary, and a signal
-    also leaves `snapshot` (the whole state at the start of the iteration) as interrupted.pt.
-
-    Args:
-        script: name of the training script.
-        args: its Args.
-        device: where the networks live.
-        resumed: the checkpoint it continues from, if any: what the directory holds beyond its step is cut off.
-        total: the step at which it is complete.
-    """
-
-    def __init__(self, script: str, args: Any, device: torch.device, resumed: dict | None, total: int):
-        self.args, self.start_time, self.start_step = args, time.time(), resumed["step"] if resumed else 0
-        self.total = total
-        self._snapshot: dict | None = None
-        signals.held = True  # until there is something to save
-        self.fresh_episodes = resumed is not None and "fresh_episodes" in resumed["envs"]
-        self.finished = False
-        self.folder, source = self._folder(script, args)
-        self.lock = lock(self.folder / ".lock", f"{self.folder}: another process is training in it; wait for its end")
-        try:
-            self._begin(script, device, source, resumed)
-        except BaseException:
-            self.lock.close()
-            raise
-
-    def _begin(self, script: str, device: torch.device, source: Path | None, resumed: dict | None) -> None:
-        """What the directory holds from the start."""
-        args = self.args
-        if source is not None:
-            self._cut(source, resumed)
+    def _make_config(self, source: Path | None) -> dict:
+        on_gpu = getattr(self.args, "device", "cpu") != "cpu" and torch.cuda.is_available()
         now = {
             "git_commit": git_commit(),
             "python": platform.python_version(),
             "packages": {name: version(name) for name in PACKAGES},
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
             "start_time": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
-        if source is None:
-            self.config = {"script": script, "env_id": args.env_id, **now, "parents": parents(args), "resumed": []}
-        else:  # how it began stays, how it goes on is added
-            begun = read_json(source / "config.json")
-            self.config = {**begun, "resumed": [*begun.get("resumed", []), {"step": self.start_step, **now}]}
-        self.config["args"] = asdict(args)
-        write_json(self.folder / "config.json", self.config)
-        print(self.folder, file=sys.stderr)
-        self.events = Events(self.folder, purge_step=self.start_step + 1 if resumed else None)
-        self.wandb = start_wandb(self) if args.track else None
+        if source is not None and (source / "config.json").exists():  # keep how the run began
+            config = read_json(source / "config.json")
+            config["resumed"] = [*config.get("resumed", []), {"step": self.start_step, **now}]
+            if source != self.folder:
+                config.pop("wandb_id", None)
+        else:
+            about = {"script": self.script, "env_id": self.args.env_id}
+            config = {**about, **now, "parents": parents(self.args), "resumed": []}
+        return {**config, "args": asdict(self.args)}
+
+    def _start_wandb(self) -> Any:
+        """Weights & Biases. Without a login it logs offline into the run directory."""
+        import wandb
+
+        login = "WANDB_API_KEY" in os.environ
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            login = login or netrc.netrc().authenticators("api.wandb.ai") is not None
+        self.config.setdefault("wandb_id", f"{self.folder.name}-{time.time_ns() % 10**9}")
+        about = {"project": "robot-ppo", "name": self.folder.name, "id": self.config["wandb_id"], "resume": "allow"}
+        mode = os.environ.get("WANDB_MODE") or ("online" if login else "offline")
+        settings = wandb.Settings(quiet=True)
+        return wandb.init(**about, dir=self.folder, config=self.config, mode=mode, settings=settings)
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        super().__exit__()
+        try:
+            if error is not None and not self.completed:
+                with contextlib.suppress(UserError):  # the error itself is what the user must see
+                    self._summarize("failed", error=str(error))
+            with contextlib.suppress(OSError):
+                self.writer.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+        finally:
+            self.lock.release()
+
+    def evaluate(self, policy: Any, step: int) -> dict:
+        """Evaluate a policy on the validation split. --capture-video records the first episode."""
+        video = self.folder / "videos" / f"step_{step:09d}.mp4" if self.args.capture_video else None
+        evaluation = {"step": step, **evaluate(policy, self.args, "validation", video)}
+        self.evaluations.append(evaluation)
+        return evaluation
 
     @property
-    def snapshot(self) -> dict | None:
-        """The whole state at the start of the iteration. A signal that came before there was one is raised now."""
-        return self._snapshot
+    def converged(self) -> bool:
+        """Whether three consecutive evaluations have met --stop-at-convergence."""
+        return converged_at(self.evaluations, self.args.stop_at_convergence) is not None
 
-    @snapshot.setter
-    def snapshot(self, state: dict) -> None:
-        self._snapshot = state
-        signals.let()
+    def save(self, name: str, content: dict) -> None:
+        save_pt(self.folder / name, content)
+        if name.startswith("checkpoints/"):
+            self.last_save = time.monotonic()
 
-    def _folder(self, script: str, args: Any) -> tuple[Path, Path | None]:
-        """Where the run lies, which is made if it is new, and where the run lies that it continues."""
-        resume = getattr(args, "resume", None)
-        source = run_folder(resume) if resume is not None else None
-        if source is not None and args.run_name in (None, source.name):
-            (source / "checkpoints").mkdir(exist_ok=True)
-            return source, source
-        name = f"{script}__{args.env_id.replace('/', '-')}__seed{args.seed}__{datetime.now():%Y%m%d-%H%M%S}"
-        folder, count = Path(args.run_root) / (args.run_name or name), 1
-        while not new_folder(folder):
-            if args.run_name is not None:
-                raise UserError(f"{folder} exists; choose another --run-name{what_else(folder)}")
-            count += 1  # two runs begun in the same second
-            folder = Path(args.run_root) / f"{name}-{count}"
-        return folder, source
+    @property
+    def latest_due(self) -> bool:
+        """Whether the last checkpoint is a minute old."""
+        return time.monotonic() - self.last_save >= LATEST_INTERVAL
 
-    def _cut(self, source: Path, resumed: dict) -> None:
-        """Keep of what lies in `source` only what the resumed checkpoint had seen; a torn last line goes too."""
-        for name in ("evaluations.jsonl", "episodes.jsonl"):
-            rows = [row for row in read_jsonl(source / name) if row["step"] <= self.start_step]
-            write_whole(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        if (source / "first_evaluations.jsonl").exists():  # the one at this step comes again
-            rows = [row for row in read_jsonl(source / "first_evaluations.jsonl") if row["step"] < self.start_step]
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_whole(self.folder / "first_evaluations.jsonl", text.encode())
-        rows = [row for row in read_progress(source / "progress.csv") if int(row["step"]) <= self.start_step]
-        write_whole(self.folder / "progress.csv", csv_text(rows, header=bool(rows)).encode())
-        for file in checkpoints_in(self.folder):
-            with contextlib.suppress(UserError):
-                if load_checkpoint(file)["step"] > self.start_step:
-                    file.unlink()
-        for file in [*self.folder.glob(".*.tmp"), *self.folder.glob("checkpoints/.*.tmp")]:  # of a killed process
-            file.unlink()
-        (self.folder / "summary.json").unlink(missing_ok=True)
-        if resumed["best"] is not None:
-            self.save_policy("best.pt", {**resumed, **resumed["best"]})
-        else:
-            (self.folder / "best.pt").unlink(missing_ok=True)
+    def save_checkpoint_if_due(self, state: Callable[[], dict], step: int) -> None:
+        """Write checkpoints/step_*.pt every --checkpoint-every steps, else latest.pt every minute."""
+        if is_due(self.args.checkpoint_every, step, self.args.batch_size):
+            self.save(f"checkpoints/step_{step:09d}.pt", state())
+        elif self.latest_due:
+            self.save("checkpoints/latest.pt", state())
 
-    def __enter__(self) -> "Run":
-        if not hasattr(self.args, "resume"):  # a script that cannot resume takes no snapshots to wait for
-            try:
-                signals.let()
-            except Interrupted as interrupted:
-                self.__exit__(type(interrupted), interrupted, None)
-                raise
-        return self
+    def log(
+        self, step: int, stats: dict[str, float], episodes: Iterable[dict] = (), evaluation: dict | None = None
+    ) -> None:
+        """Log an iteration to TensorBoard, progress.csv, episodes.jsonl, evaluations.jsonl and the screen.
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        with signals_held():  # a second one must not cut short the saving that the first one began
-            try:
-                self._close(error)
-            except WriteError as unwritten:
-                raise self._with_remedy(unwritten) from error
-            finally:
-                self.lock.close()
+        Args:
+            stats: statistics of the update, logged under train/ unless their name has a slash.
+            episodes: training episodes that ended in this iteration.
+            evaluation: the evaluation, if there was one.
+        """
+        self.step = step
+        self.recent_episodes.extend(episodes)
+        scalars: dict[str, float | None] = {}
+        for name, key in {"ep_reward": "return", "ep_length": "length", "success_rate_100": "success"}.items():
+            values = [episode[key] for episode in self.recent_episodes if episode[key] is not None]
+            scalars[f"rollout/{name}"] = float(np.mean(values)) if values else None
+        scalars |= {name if "/" in name else f"train/{name}": x for name, x in stats.items()}
+        names = {"mean_reward": "mean_return", "mean_ep_length": "mean_length", "success_rate": "success_rate"}
+        scalars |= {f"eval/{name}": evaluation[key] if evaluation else None for name, key in names.items()}
+        scalars["time/sps"] = (step - self.start_step) / (time.time() - self.start_time)
+        row = {"step": step, **scalars}
+        path = self.folder / "progress.csv"
+        with writing(path), open(path, "a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+        append_jsonl(self.folder / "episodes.jsonl", episodes)
+        if evaluation:
+            append_jsonl(self.folder / "evaluations.jsonl", [evaluation])
+            others = figures(evaluation).items()
+            scalars |= {f"eval/{name}": x for name, x in others if name not in names.values()}
 
-    def _close(self, error: BaseException | None) -> None:
-        # a library may have made an error of its own out of Interrupted
-        stopped = isinstance(error, Interrupted | KeyboardInterrupt) or (error is not None and signals.came is not None)
-        if not self.finished and stopped:
-            if self.snapshot is not None:
-                save(self.folder / "interrupted.pt", self.snapshot)
-            step = self.snapshot["step"] if self.snapshot else self.start_step
-            self.summarize("interrupted", step)
-            how = f"; to go on: --resume {self.folder}" if self.snapshot else ""  # nothing was saved without one
-            print(f"\nstopped at step {step:,}{how}", file=sys.stderr)
-        elif not self.finished and error is not None:
-            with contextlib.suppress(UserError, OSError):  # as a full disk: the error itself is what the user must see
-                self.summarize("failed", self.snapshot["step"] if self.snapshot else self.start_step, error=str(error))
+        scalars = {name: x for name, x in scalars.items() if x is not None}
+        with writing(self.folder):
+            for name, x in scalars.items():
+                self.writer.add_scalar(name, x, step)
+            self.writer.flush()
         if self.wandb is not None:
-            self.wandb.finish()
-        if isinstance(error, WriteError):
-            raise error
+            self.wandb.log(scalars, step=step)
+        self._print_status(scalars)
 
-    def _with_remedy(self, error: WriteError) -> WriteError:
-        """Says also how to go on."""
-        return WriteError(f"{error}, then --resume {self.folder}" if any(checkpoints_in(self.folder)) else str(error))
+    def _print_status(self, scalars: dict[str, float]) -> None:
+        parts = [f"{self.step:>9,}/{self.total_steps:,} steps", f"{scalars['time/sps']:,.0f} steps/s"]
+        for label, name in (("return", "rollout/ep_reward"), ("success", "rollout/success_rate_100")):
+            if name in scalars:
+                parts.append(f"{label} {scalars[name]:.2f}")
+        line = "  ".join([*parts, f"{(self.total_steps - self.step) / scalars['time/sps']:.0f} s left"])
+        if sys.stderr.isatty():
+            print("\r" + line.ljust(90), end="", file=sys.stderr, flush=True)
+        elif "eval/mean_reward" in scalars:  # a log file gets a line per evaluation
+            print(line, file=sys.stderr, flush=True)
 
-    def finish(self, step: int, best: dict, **figures: Any) -> dict:
-        """The run is complete; figures go into the summary too."""
-        signals.held = True
-        best = {"step": best["step"], **{k: v for k, v in best["evaluation"].items() if k != "per_episode"}}
-        summary = self.summarize("completed", step, best=best, **figures)
-        self.finished = True
-        success = "" if best["success_rate"] is None else f", success {best['success_rate']:.2f}"
-        text = f"best policy at step {best['step']:,}: return {best['mean_return']:.2f}{success} (validation)"
-        print(f"\n{text}\n{self.folder}")
+    def interrupted(self, checkpoint: dict) -> dict:
+        """Save interrupted.pt and the summary of a run that a signal stopped. Returns the summary."""
+        self.save("interrupted.pt", checkpoint)
+        (self.folder / "checkpoints" / "latest.pt").unlink(missing_ok=True)
+        print(f"\nstopped at step {self.step:,}; continue with --resume {self.folder}", file=sys.stderr)
+        return self._summarize("interrupted", signal=int(self.signum or signal.SIGTERM))
+
+    def finish(self, checkpoint: dict, agent: nn.Module, best: dict, envs: Any) -> dict:
+        """Save final.pt, export the best policy to policy.onnx and write the summary. Returns the summary."""
+        if "optimizer" in checkpoint:
+            self.save("final.pt", checkpoint)
+        agent.load_state_dict(best["agent"])
+        export_onnx(agent, envs, checkpoint, self.folder / "policy.onnx")
+        for name in ("checkpoints/latest.pt", "interrupted.pt"):
+            (self.folder / name).unlink(missing_ok=True)
+        hidden = ("per_episode", "per_scenario")
+        evaluation = {name: x for name, x in best["evaluation"].items() if name not in hidden}
+        convergence = {}
+        if criterion := getattr(self.args, "stop_at_convergence", None):
+            convergence["converged_at_step"] = converged_at(self.evaluations, criterion)
+        summary = self._summarize("completed", best={**evaluation, "step": best["step"]}, **convergence)
+        self.completed = True
+        success = "" if evaluation["success_rate"] is None else f", success {evaluation['success_rate']:.2f}"
+        about = f"return {evaluation['mean_return']:.2f}{success} (validation)"
+        print(f"\nbest policy at step {best['step']:,}: {about}\n{self.folder}")
         return summary
 
-    def summarize(self, status: str, step: int, **figures: Any) -> dict:
-        """Write and return summary.json."""
-        wall = time.time() - self.start_time
+    def _summarize(self, status: str, **results: Any) -> dict:
+        wall_time = time.time() - self.start_time
+        note = {"note": "the environment has no snapshot: resuming began fresh episodes"} if self.fresh_episodes else {}
+        files = sorted([*self.folder.rglob("*.pt"), *self.folder.glob("*.onnx")])
         summary = {
             "status": status,
             "run": str(self.folder),
-            "steps": step,
+            "steps": self.step,
             "resumed_from_step": self.start_step or None,
-            **(
-                {"note": "its environment has no snapshot: resuming began fresh episodes"}
-                if self.fresh_episodes
-                else {}
-            ),
-            "wall_time_s": round(wall, 2),
-            "steps_per_second": round((step - self.start_step) / wall, 1),
-            **figures,
-            "parents": self.config.get("parents", {}),
-            "sha256": {
-                str(file.relative_to(self.folder)): sha256(file)
-                for file in sorted([*self.folder.rglob("*.pt"), *self.folder.glob("*.onnx")])
-            },
+            **note,
+            "wall_time_s": round(wall_time, 2),
+            "steps_per_second": round((self.step - self.start_step) / wall_time, 1),
+            **results,
+            "parents": self.config["parents"],
+            "sha256": {str(file.relative_to(self.folder)): sha256(file) for file in files},
         }
         write_json(self.folder / "summary.json", summary)
         return summary
 
-    def save(self, name: str, content: dict) -> None:
-        save(self.folder / name, content)
 
-    def save_policy(self, name: str, checkpoint: dict) -> None:
-        """The part of a checkpoint that is a policy file."""
-        self.save(name, {key: checkpoint[key] for key in POLICY_KEYS})
-
-    def _log_scalars(self, step: int, scalars: dict[str, float | None]) -> None:
-        """To TensorBoard, progress.csv, Weights & Biases and the status line; None where there is no figure yet."""
-        sps = (step - self.start_step) / (time.time() - self.start_time)
-        scalars = {**scalars, "time/sps": sps}
-        known = {name: value for name, value in scalars.items() if value is not None}
-        self.events.add(step, known)
-        if self.wandb is not None:
-            self.wandb.log(known, step=step)
-        row = {"step": step, **scalars}
-        path = self.folder / "progress.csv"
-        append(path, csv_text([row], header=not path.exists() or path.stat().st_size == 0))
-
-        parts = [f"{step:>9,}/{self.total:,} steps", f"{sps:,.0f} steps/s"]
-        for label, name in (("return", "rollout/ep_reward"), ("success", "rollout/success_rate_100")):
-            if name in known:
-                parts.append(f"{label} {known[name]:.2f}")
-        line = "  ".join([*parts, f"{(self.total - step) / sps:.0f} s left"])
-        if sys.stderr.isatty():
-            print("\r" + line.ljust(90), end="", file=sys.stderr, flush=True)
-        elif "eval/mean_reward" in known:  # a log file gets a line at each evaluation
-            print(line, file=sys.stderr, flush=True)
-
-    def log(
-        self,
-        step: int,
-        recent: Iterable[dict],
-        episodes: list[dict],
-        scalars: dict[str, float],
-        evaluation: dict | None,
-    ) -> None:
-        """All that an iteration has to tell: the last 100 episodes, those new among them, what learning said, and the
-        evaluation if there was one."""
-        self._log_scalars(step, {**episode_scalars(recent), **scalars, **evaluation_scalars(evaluation)})
-        append(self.folder / "episodes.jsonl", "".join(json.dumps(episode) + "\n" for episode in episodes))
-        if evaluation is not None:
-            self._line("evaluations.jsonl", step, evaluation)
-
-    def look(self, step: int, evaluation: dict) -> None:
-        """One of the first evaluations, by which nothing is chosen."""
-        self._line("first_evaluations.jsonl", step, evaluation)
-
-    def _line(self, name: str, step: int, evaluation: dict) -> None:
-        line = {"step": step, **evaluation, "per_episode": None}
-        append(self.folder / name, json.dumps(line) + "\n")
-
-    def video(self, step: int) -> Path | None:
-        """Where --capture-video records an evaluation."""
-        return self.folder / "videos" / f"step_{step:09d}.mp4" if self.args.capture_video else None
-
-
-def episode_scalars(recent: Iterable[dict]) -> dict[str, float | None]:
-    """The rollout/ scalars of the last finished training episodes."""
-
-    def mean(name: str) -> float | None:
-        values = [episode[name] for episode in recent if episode[name] is not None]
-        return float(np.mean(values)) if values else None
-
-    names = {"rollout/ep_reward": "return", "rollout/ep_length": "length", "rollout/success_rate_100": "success"}
-    return {scalar: mean(name) for scalar, name in names.items()}
-
-
-def evaluation_scalars(evaluation: dict | None) -> dict[str, float | None]:
-    """The eval/ scalars; None where there was no evaluation."""
-    names = {
-        "eval/mean_reward": "mean_return",
-        "eval/mean_ep_length": "mean_length",
-        "eval/success_rate": "success_rate",
-    }
-    return {scalar: evaluation[name] if evaluation else None for scalar, name in names.items()}
+# Provenance
 
 
 def parents(args: Any) -> dict[str, dict]:
-    """The files a run starts from, {path: sha256 and what their own run said}: --pretrained, ONNX base policies, the
-    demonstrations of a clone, and files among the environment's arguments."""
-    pretrained = getattr(args, "pretrained", None)
-    files = [policy_file(pretrained)] if pretrained is not None else []
-    files += [dataset_file(args)] if hasattr(args, "dataset") else []
-    return origins([*files, *onnx_files(getattr(args, "base_policy", "")), *files_among(args.env_kwargs)])
-
-
-def origins(files: list[Path]) -> dict[str, dict]:
-    """{path: where it is from}."""
+    """{path: sha256, config and steps} of the files that a run starts from: policies, demonstrations and files among
+    the environment's arguments."""
+    files = [Path(name) for name in file_hashes(args)]
+    if getattr(args, "pretrained", None):
+        files.append(Path(read_policy(args.pretrained)["file"]))
+    if getattr(args, "dataset", None):
+        files.append(dataset_file(args))
     return {str(file): lineage(file) for file in files}
 
 
-def onnx_files(policy: str) -> list[Path]:
-    """The files in the name of a policy: PATH.onnx, or those of a blend."""
-    return [Path(part) for part in policy.split(":") if part.endswith(".onnx")]
-
-
-def files_among(env_kwargs: dict) -> list[Path]:
-    """Those arguments of an environment that are files."""
-    return [Path(value) for value in env_kwargs.values() if isinstance(value, str) and os.path.isfile(value)]
-
-
 def lineage(file: Path) -> dict[str, Any]:
-    """Where a file is from: its sha256, what its run or its manifest says of itself, and the steps of training that it
-    took: all of its run's, or those up to a checkpoint."""
-    about = file.with_suffix(".json") if file.suffix == ".npz" else run_folder(file) / "config.json"
+    """sha256 of a file, and the config and number of training steps of the run that wrote it."""
+    config = file.with_suffix(".json") if file.suffix == ".npz" else run_folder(file) / "config.json"
     summary = run_folder(file) / "summary.json"
+    steps = read_json(summary).get("steps") if summary.exists() else None
     if file.parent.name == "checkpoints":
-        steps = load(file)["step"]
-    else:
-        ended = read_json(summary) if summary.exists() else {}
-        require(ended, {"steps?": int | None}, summary, "restore it, or remove it")
-        steps = ended.get("steps")
-    return {"sha256": sha256(file), "config": read_json(about) if about.exists() else None, "steps": steps}
-
-
-def require_alike(source: str, theirs: dict, ours: dict, names: set[str]) -> None:
-    """Raises UserError if one of these arguments of the environment is another than the policy is for."""
-    for name in sorted(names):
-        if theirs.get(name) != ours.get(name):
-            there, here = (kwargs.get(name, "the default") for kwargs in (theirs, ours))
-            raise UserError(f"{source}: is for {name} {there}, not {here}; change --env-kwargs")
-
-
-def require_same_files(source: str, env_kwargs: dict) -> None:
-    """Raises UserError if a base policy, or a file among the environment's arguments, is another than in the run of
-    `source`, a policy file or a run."""
-    config = run_folder(source) / "config.json"
-    content = read_json(config) if config.exists() else {}
-    require(content, CONFIG, config, "restore it")
-    for path, parent in content.get("parents", {}).items():
-        used = path.endswith(".onnx") or path in env_kwargs.values()
-        if used and os.path.isfile(path) and sha256(path) != parent["sha256"]:
-            raise UserError(f"{path} is no longer the file that {source} was trained with; put it back")
+        steps = read_policy(str(file))["step"]
+    return {"sha256": sha256(file), "config": read_json(config) if config.exists() else None, "steps": steps}
 
 
 def dataset_file(args: Any) -> Path:
-    """Where the demonstrations args.dataset lie, a name or a path; the manifest beside them ends in .json."""
+    """The .npz of args.dataset, a name or a path. Its metadata are beside it in a .json."""
     if args.dataset.endswith(".npz"):
         return Path(args.dataset)
     return Path(args.run_root) / "datasets" / f"{args.dataset}.npz"
 
 
-def start_wandb(run: Run) -> Any:
-    """Weights & Biases; without a login it logs offline into the run directory."""
-    import wandb
-
-    login = None
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        login = netrc.netrc().authenticators("api.wandb.ai")
-    known = "WANDB_API_KEY" in os.environ or login is not None
-    mode = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
-    quiet = wandb.Settings(quiet=True)
-    about = {"project": "robot-ppo", "name": run.folder.name, "dir": run.folder, "config": run.config}
-    return wandb.init(**about, mode=mode, settings=quiet)
-
-
 def git_commit() -> str | None:
-    """The commit of this code, "+" marking uncommitted changes; None outside a git checkout."""
+    """The commit of this project with a "+" for uncommitted changes; None if git does not track its files."""
+
+    def git(*command: str) -> str:
+        line = ["git", "-C", str(Path(__file__).parent), *command]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        git = ["git", "-C", str(Path(__file__).parent)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("+" if changes else "")
 
 
 def cpu_name() -> str:

@@ -8,8 +8,8 @@ import warnings
 import mujoco
 import numpy as np
 
+from envs import UserError
 from envs.batch_env import FASTEST_FILM
-from envs.files import UserError
 
 
 class View:

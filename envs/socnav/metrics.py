@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs.contents import shown
-from envs.files import UserError, read_json
+from envs.evaluation import read_json
 from envs.socnav.dynamics import DT
 
 FILE = Path(__file__).parents[1] / "assets" / "socnav_snqi.json"
@@ -90,9 +89,9 @@ def load_snqi(path: str | None) -> dict[str, dict]:
     """{"weights": {...}, "baselines": {metric: {"median", "p95"}}} from a file, or ours.
 
     Raises:
-        UserError: something is missing.
+        ValueError: something is missing.
     """
-    content = read_json(Path(path) if path is not None else FILE)
+    content = read_json(path if path is not None else FILE)
     given = {"weights": WEIGHTS, "baselines": NORMALISED}
     for part, names in given.items():
         require_keys(f"{path or FILE.name}: {part}", content.get(part, {}), names)
@@ -102,25 +101,25 @@ def load_snqi(path: str | None) -> dict[str, dict]:
         require_keys(where, baseline, ("median", "p95"))
         require_numbers(where, baseline, ("median", "p95"))
         if span(baseline) < 1 / LARGEST:
-            raise UserError(f"{where}: p95 must be above the median, or equal to it; mend it")
+            raise ValueError(f"{where}: p95 must be above the median, or equal to it; mend it")
     return content
 
 
 def require_keys(where: str, content: Any, names: tuple[str, ...]) -> None:
-    """Raises UserError unless content is a dict that has all of these names."""
+    """Raises ValueError unless content is a dict that has all of these names."""
     missing = [name for name in names if not isinstance(content, dict) or name not in content]
     if missing:
-        raise UserError(f"{where} must have {', '.join(missing)}; add what is missing")
+        raise ValueError(f"{where} must have {', '.join(missing)}; add what is missing")
 
 
 def require_numbers(where: str, content: dict, names: Iterable[str]) -> None:
-    """Raises UserError unless these are finite numbers, small enough to be multiplied."""
+    """Raises ValueError unless these are finite numbers, small enough to be multiplied."""
     for name in names:
         value = content[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < np.inf:
-            raise UserError(f"{where}: {name} must be a number, not {shown(value)}; mend it")
+            raise ValueError(f"{where}: {name} must be a number, not {value}; mend it")
         if abs(value) > LARGEST:
-            raise UserError(f"{where}: {name} must be at most {LARGEST:g}, not {shown(value)}; mend it")
+            raise ValueError(f"{where}: {name} must be at most {LARGEST:g}, not {value}; mend it")
 
 
 def span(baseline: dict) -> float:
@@ -145,7 +144,7 @@ def reward_weights(reward: str, path: str | None, snqi_settings: dict[str, dict]
 
     Raises:
         ValueError: there is no such reward.
-        UserError: the file lacks a term, or has one that does not exist.
+        ValueError: the file lacks a term, or has one that does not exist.
     """
     if reward not in NAMES:
         raise ValueError(f"reward must be one of {', '.join(NAMES)}, not {reward!r}")
@@ -163,10 +162,10 @@ def reward_weights(reward: str, path: str | None, snqi_settings: dict[str, dict]
         weights = REWARDS[reward]
     if path is None:
         return weights
-    given = read_json(Path(path))
+    given = read_json(path)
     require_keys(f"{path}: weights for reward {reward}", given, tuple(weights))
     for name in given:
         if name not in TERMS:
-            raise UserError(f"{path}: no term {shown(name)}; there are {', '.join(TERMS)}")
+            raise ValueError(f"{path}: no term {name}; there are {', '.join(TERMS)}")
     require_numbers(path, given, given)
     return {name: float(value) for name, value in given.items()}

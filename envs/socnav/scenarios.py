@@ -190,8 +190,10 @@ def cluttered(scenario: Scenario, rng: np.random.Generator) -> Scenario:
         pair = gate(middle[k + 1] - middle[k], middle[k], rng)
         boxes += pair if len(boxes) < GATES and all(fits(box) for box in pair) else []
     for _ in range(60):
+        if len(boxes) == CLUTTER:
+            break
         box = around(rng.choice(ways) + rng.uniform(-3.5, 3.5, 2), rng.uniform(0.3, 1.2, 2))
-        boxes += [box] if len(boxes) < CLUTTER and fits(box) else []
+        boxes += [box] if fits(box) else []
     obstacles = (*scenario.obstacles, *(tuple(box.tolist()) for box in boxes))
     return replace(scenario, name=f"{scenario.name}/cluttered", obstacles=obstacles)
 
@@ -212,7 +214,8 @@ def dense(path: Sequence[Point]) -> np.ndarray:
 
 def to_box(points: np.ndarray, box: np.ndarray) -> np.ndarray:
     """Distances (n,) of points (n, 2) from a box."""
-    return np.hypot(*(points - np.clip(points, box[:2], box[2:])).T)
+    x, y = points.T
+    return np.hypot(x - np.minimum(np.maximum(x, box[0]), box[2]), y - np.minimum(np.maximum(y, box[1]), box[3]))
 
 
 def overlap(a: Box, b: Box) -> bool:
