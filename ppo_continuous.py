@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import log, pi, sqrt
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ from envs.run import (
 @dataclass(kw_only=True)
 class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpoints, tracking, device
     env_id: str = "LateralControl-v0"  # environment with flat Box observations and actions
-    total_timesteps: Steps = 1_000_000  # environment steps, summed over all environments
+    total_timesteps: Steps = 1_000_000  # total environment steps; with action repeat k, one action counts as k steps
     num_envs: int = 8  # number of parallel environments
     num_steps: int = 256  # rollout length per environment
 
@@ -72,16 +72,14 @@ class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpo
     norm_obs: bool = True  # normalize observations with running statistics
     norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
     norm_adv: bool = True  # normalize advantages within each minibatch
-    group_size: int = 1  # environments that share start state and noise; their mean advantage is the baseline (1 = off)
+    group_size: int = 1  # neighboring environments with equal start states and noise; see subtract_group_mean (1 = off)
     init_log_std: float = 0.0  # initial log standard deviation of the policy
     final_log_std: float | None = None  # anneal the log standard deviation linearly to this instead of learning it
     hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layer sizes of actor and critic
     critic_warmup_updates: int = 0  # number of initial updates that train only the critic (for --pretrained)
     freeze_obs_stats: bool = False  # do not update the observation statistics loaded by --pretrained
 
-    eval_episodes: int = 10  # episodes per evaluation; 0 = every episode of a finite split
-
-    preset_keys: ClassVar = ("env_id",)
+    eval_episodes: int = 10  # episodes per evaluation; 0 = all, if the environment has a fixed number of them
 
     @classmethod
     def from_preset(cls, name: str | None = None, **overrides: Any) -> "Args":
@@ -92,10 +90,9 @@ class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpo
         return cls(**PRESETS.get(name, {}) | overrides)
 
 
-# {name: values that replace the defaults above}. --env-id X --help and --preset X --help show the result.
 CLEANRL = {"num_envs": 1, "num_steps": 2048}  # one environment, as in CleanRL's published runs
-# The alive bonus is a tenth of the published one (worth as much as driving at 0.2 m/s), and a fall costs. The reward
-# shrinks above 0.3 m/s, because near the top speed of its wheels the robot can no longer brake.
+# The alive bonus is a tenth of the published one, which makes it worth as much as driving at 0.2 m/s. A fall is
+# penalized. The reward shrinks above 0.3 m/s, because near the top speed of its wheels the robot can no longer brake.
 BALLBOT = {
     "env_kwargs": {"action_repeat": 4, "alive_reward": 0.002, "fall_penalty": 2.0, "speed_limit": 0.3},
     "total_timesteps": 1_500_000, "num_envs": 32, "num_steps": 128, "minibatch_size": 256, "gamma": 0.998,
@@ -107,9 +104,10 @@ LATERAL = {
     "norm_obs": False,  # the environment scales its observations
     "group_size": 8, "init_log_std": -1.0, "final_log_std": -3.0, "eval_every": 60_000, "eval_episodes": 0,
 }  # fmt: skip
+# {name: values that replace the defaults above}. --env-id X --help and --preset X --help show the result.
 PRESETS: dict[str, dict] = {
     "LateralControl-v0": LATERAL,
-    # The challenge's own model: fine-tune a clone of the feed-forward controller with --pretrained
+    # The comma controls challenge's own model; start from a clone of the feedforward controller with --pretrained
     "tinyphysics": {
         **LATERAL, "total_timesteps": 920_000, "num_steps": 100, "learning_rate": 5e-4, "gamma": 0.97,
         "gae_lambda": 1.0, "init_log_std": -3.2, "final_log_std": -3.6, "critic_warmup_updates": 5,
@@ -121,8 +119,8 @@ PRESETS: dict[str, dict] = {
 
 
 class Normalizer(nn.Module):
-    """Normalizes with a running mean and variance. Both are buffers, so the state_dict, policy files and ONNX files
-    include them; only update() changes them."""
+    """Normalizes with a running mean and variance. They are buffers, so that the state_dict and the ONNX file of a
+    module with a normalizer include them. Only update() changes them."""
 
     def __init__(self, shape: tuple[int, ...] = ()):
         super().__init__()
@@ -213,7 +211,7 @@ class Agent(nn.Module):
         return self.critic(self.normalizer(obs)).squeeze(-1)
 
     def evaluate_actions(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log pi(action | obs) (...), the entropy of the policy () and V(obs) (...)."""
+        """Return log pi(action | obs), the entropy of the policy and V(obs), of shapes (...), () and (...)."""
         obs = self.normalizer(obs)
         # log N(a; mu, sigma) = -z^2 / 2 - log sigma - log(2 pi) / 2, summed over dimensions, with z = (a - mu) / sigma
         z = (action - self.actor(obs)) / self.log_std.exp()
@@ -229,7 +227,7 @@ class Rollout:
     """T steps in N environments. Every field has shape (T, N, ...); index t is one complete transition."""
 
     obs: Tensor
-    action: Tensor  # the sampled action before clipping
+    action: Tensor  # the sampled action before scaling and clipping
     next_obs: Tensor  # the true successor, also at the end of an episode
     reward: Tensor
     terminated: Tensor
@@ -293,7 +291,7 @@ Batch = dict[str, Tensor]  # every entry has shape (batch, ...)
 
 @torch.no_grad()
 def make_batch(agent: nn.Module, rollout: Rollout, args: Args) -> Batch:
-    """Compute advantages, returns and the log-probabilities of the old policy, with batch size T * N."""
+    """Compute advantages, returns and the log-probabilities of the policy before the update, with batch size T * N."""
     logprob, _, value = agent.evaluate_actions(rollout.obs, rollout.action)
     next_value = agent.value(rollout.next_obs)
     advantage = gae(rollout.reward, value, next_value, rollout.terminated, rollout.done, args)
@@ -309,8 +307,10 @@ def make_batch(agent: nn.Module, rollout: Rollout, args: Args) -> Batch:
 
 
 def subtract_group_mean(advantage: Tensor, group_size: int) -> Tensor:
-    """Subtract the mean advantage of each group of neighboring environments, which share start state and noise. This
-    removes the effect of the shared randomness. The argument and the result have shape (T * N,)."""
+    """Subtract the mean advantage of each group of neighboring environments at each time step. The environments of a
+    group have the same start state and the same noise, so the mean is due to chance rather than to the actions.
+
+    The argument, in which environments vary fastest, and the result have shape (T * N,)."""
     groups = advantage.unflatten(0, (-1, group_size))
     return (groups - groups.mean(dim=1, keepdim=True)).flatten()
 
@@ -415,9 +415,11 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
     step, best = 0, None
     obs, _ = envs.reset(seed=args.seed)
 
-    checkpoint = restore(args, "policy", agent, optimizer=optimizer, reward_scaler=reward_scaler, envs=envs)
-    if checkpoint:  # --resume
-        obs, step, best = checkpoint["obs"], checkpoint["step"], checkpoint["best"]
+    # --resume restores everything, --pretrained the agent alone (then there is no checkpoint)
+    checkpoint = restore(args, "policy", agent, optimizer=optimizer, reward_scaler=reward_scaler)
+    if checkpoint:
+        obs = envs.load_state_dict(checkpoint["envs"])
+        step, best = checkpoint["step"], checkpoint["best"]
 
     def policy() -> dict:
         return policy_contents("policy", Path(__file__).stem, args, agent, step)
@@ -433,9 +435,9 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
             "rng": rng_state(),
         }
 
-    with Run(Path(__file__).stem, args, args.num_iterations * args.batch_size, checkpoint) as run:
-        for iteration in range(step // args.batch_size + 1, args.num_iterations + 1):
-            if run.converged:
+    with Run(Path(__file__).stem, args, args.num_iterations * args.steps_per_iteration, checkpoint) as run:
+        for iteration in range(step // args.steps_per_iteration + 1, args.num_iterations + 1):
+            if run.converged:  # --stop-at-convergence; tested here so that resuming a converged run ends it
                 break
             progress = (iteration - 1) / args.num_iterations
             if args.anneal_lr:
@@ -444,13 +446,13 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
                 agent.log_std.fill_((1 - progress) * args.init_log_std + progress * args.final_log_std)
 
             rollout, obs, episodes = collect_rollout(agent, envs, obs, step, args)
-            step += args.batch_size
+            step += args.steps_per_iteration
             if args.norm_reward:
                 rollout.reward = reward_scaler(rollout.reward, rollout.done)
-            # The first rollout initializes the normalizer before the update, so that the networks never train on raw
-            # observations. The log-probabilities change little, because the initial mean action is near zero.
-            is_first_update = args.norm_obs and agent.normalizer.count.item() == 0
-            if is_first_update:
+            # The first rollout fills the normalizer before the update, so that the networks never train on raw
+            # observations. The old log-probabilities are computed after that, so the ratio starts at 1 all the same.
+            normalizer_is_empty = args.norm_obs and agent.normalizer.count.item() == 0
+            if normalizer_is_empty:
                 agent.normalizer.update(rollout.obs.flatten(0, 1))
             critic_only = iteration <= args.critic_warmup_updates
             batch = make_batch(agent, rollout, args)
@@ -459,13 +461,13 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
             stats = ppo_update(agent, optimizer, backward_fn, batch, args, critic_only)
             stats["learning_rate"] = optimizer.param_groups[0]["lr"]
             # Later updates of the normalizer come after the epochs, so that old and new log-probabilities use the same
-            # normalization, and not while the actor is frozen.
-            if args.norm_obs and not (is_first_update or critic_only or args.freeze_obs_stats):
+            # normalization. There are none during the critic warm-up, in which the policy must not change.
+            if args.norm_obs and not (normalizer_is_empty or critic_only or args.freeze_obs_stats):
                 agent.normalizer.update(rollout.obs.flatten(0, 1))
             check_update(agent, stats, step)
 
             evaluation = None
-            if iteration == args.num_iterations or is_due(args.eval_every, step, args.batch_size):
+            if iteration == args.num_iterations or is_due(args.eval_every, step, args.steps_per_iteration):
                 evaluation = run.evaluate(DeterministicPolicy(agent), step)
                 if is_better(evaluation, best, args.best_metric):
                     best = {"step": step, "agent": deepcopy(agent.state_dict()), "evaluation": evaluation}

@@ -3,13 +3,14 @@
 The PPO of ppo_continuous.py (Schulman et al. 2017) learns to drive through crowds, doorways and corridors. New are the
 features and the encoder between observation and network:
 
-    grid          64 x 64 cells around the robot -> ranges along rays, or a CNN
+    grid          64 x 64 cells around the robot -> proximity along rays (1 = next to the robot, 0 = free), or a CNN
     pedestrians   a set: a shared MLP embeds each pedestrian; max and sum pooling combine them (Deep Sets)
-    robot, goal   clipped and rescaled
+    robot         unchanged: speeds and the last action
+    goal          waypoint and route direction, clipped and rescaled
     symmetry      the mean action is mu(o) = (f(o) + M f(M o)) / 2, where M mirrors left and right
 
-Ranges along rays come from an index table and are nearly free on a CPU; the CNN is the published design, for GPUs and
-long runs. Symmetry is built in rather than learned (Abdolhosseini et al. 2019), which lowers the failure rate in unseen
+Rays are read through an index table and are nearly free on a CPU; the CNN is the published design, for GPUs and long
+runs. Symmetry is built in rather than learned (Abdolhosseini et al. 2019), which lowers the failure rate in unseen
 places. The features without parameters are in envs/socnav/features.py.
 
     train      python ppo_grid_socnav.py                             10 million steps
@@ -52,7 +53,6 @@ from envs.run import (
     make_train_envs,
     policy_contents,
     restore,
-    restoring,
     rng_state,
     set_rng_state,
     setup,
@@ -78,7 +78,7 @@ class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpo
     num_envs: int | Literal["auto"] = "auto"  # number of parallel environments; auto = 256 on CPU, 2048 on GPU
     num_steps: int = 32  # rollout length per environment
 
-    grid_encoder: Literal["rays", "cnn"] = "rays"  # ranges along rays (fast), or a CNN (published design)
+    grid_encoder: Literal["rays", "cnn"] = "rays"  # proximity along rays (fast), or a CNN (published design)
     num_rays: int = 36  # rays: number of rays per obstacle channel (even)
     cnn_channels: tuple[int, ...] = (8, 16, 16)  # cnn: channels of its three layers; 32 64 64 is the published size
     num_pedestrians: int = 8  # number of nearest pedestrians that the policy observes
@@ -107,12 +107,10 @@ class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpo
     critic_warmup_updates: int = 0  # number of initial updates that train only the critic (for --pretrained)
 
     threads: int = 2  # CPU threads of PyTorch, which the simulator uses too; at most the number of idle cores
-    eval_every: int = (
-        500_000  # environment steps between evaluations; doubled after 3 million steps; 0 = only at the end
-    )
+    eval_every: int = 500_000  # environment steps between evaluations; doubled after 3 million; 0 = only at the end
     checkpoint_every: int = 500_000  # environment steps between checkpoints; 0 = none
 
-    preset_keys: ClassVar = ("env_id", "grid_encoder")
+    preset_keys: ClassVar = ["grid_encoder"]  # without --preset, it selects the preset
 
     @classmethod
     def from_preset(cls, name: str | None = None, **overrides: Any) -> "Args":
@@ -123,20 +121,21 @@ class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpo
         return cls(**PRESETS.get(name, {}) | overrides)
 
 
+# Channel `near` holds the obstacles at four times the resolution. training_margin (m) enlarges the robot in training.
+COMMON = {"env_kwargs": {"grid_channels": "near", "training_margin": 0.1}, "final_log_std": -2.0}
 # {name: values that replace the defaults above}. --grid-encoder X --help shows the result.
-RAYS = {"env_kwargs": {"grid_channels": "near", "training_margin": 0.1}, "final_log_std": -2.0}
 PRESETS: dict[str, dict] = {
-    "rays": RAYS,
+    "rays": COMMON,
     "cnn": {
-        **RAYS, "grid_encoder": "cnn", "total_timesteps": 1_000_000, "update_epochs": 2, "learning_rate": 5e-4,
+        **COMMON, "grid_encoder": "cnn", "total_timesteps": 1_000_000, "update_epochs": 2, "learning_rate": 5e-4,
         "minibatch_size": 256,  # a sample takes less than half the time that it takes in a minibatch of 1,024
     },
 }  # fmt: skip
 
 
 class Normalizer(nn.Module):
-    """Normalizes with a running mean and variance. Both are buffers, so the state_dict, policy files and ONNX files
-    include them; only update() changes them."""
+    """Normalizes with a running mean and variance. They are buffers, so that the state_dict and the ONNX file of a
+    module with a normalizer include them. Only update() changes them."""
 
     def __init__(self, shape: tuple[int, ...] = ()):
         super().__init__()
@@ -244,7 +243,7 @@ class GridAgent(nn.Module):
         self.use_cnn, self.max_speed = args.grid_encoder == "cnn", max_speed
         self.num_pedestrians = min(args.num_pedestrians, space["pedestrians"].shape[0])
         grid_size = space["grid"].shape[-1]
-        # Rays read the obstacle channels; the CNN reads all but `combined`, which is the union of two others
+        # Rays read the obstacle channels. The CNN reads all but `combined`, the union of obstacles and pedestrians
         readable = ("obstacles", "near", "pedestrians") if self.use_cnn else ("obstacles", "near")
         self.channel_idx = [i for i, name in enumerate(channel_names) if name in readable]
         channels, num_rays = len(self.channel_idx), 0 if self.use_cnn else args.num_rays
@@ -255,6 +254,8 @@ class GridAgent(nn.Module):
         self.register_buffer("ray_indices", ray_indices(grid_size, args.num_rays), persistent=False)
         self.register_buffer("mirror_index", mirror_index, persistent=False)
         self.register_buffer("mirror_sign", mirror_sign, persistent=False)
+        # Mirroring keeps the forward acceleration and negates the turn
+        self.register_buffer("action_mirror", torch.tensor([1.0, -1.0]), persistent=False)
 
         def network(output_dim: int, gain: float) -> nn.Sequential:
             encoder = Encoder(sizes, channels, grid_size, args)
@@ -270,16 +271,18 @@ class GridAgent(nn.Module):
 
     def forward(self, robot: Tensor, goal: Tensor, pedestrians: Tensor, count: Tensor, grid: Tensor) -> Tensor:
         """Deterministic policy: the mean action for a raw observation, scaled and clipped to the action space."""
-        obs = {"robot": robot, "goal": goal, "pedestrians": pedestrians, "count": count, "grid": grid}
-        return self.scale_action(self.action_mean(self.encode_obs(obs)))
+        raw_obs = {"robot": robot, "goal": goal, "pedestrians": pedestrians, "count": count, "grid": grid}
+        return self.scale_action(self.action_mean(self.encode_obs(raw_obs)))
 
-    def encode_obs(self, obs: dict[str, Tensor]) -> Tensor:
-        """Convert a raw observation to features (N, obs_dim). Without parameters, it runs once per environment step."""
-        robot, grid = obs["robot"], obs["grid"][:, self.channel_idx]
-        route = route_features(obs["goal"])
-        nearest = obs["pedestrians"][:, : self.num_pedestrians]
-        pedestrians = pedestrian_features(nearest, obs["count"], robot[:, :1] * self.max_speed).flatten(1)
+    def encode_obs(self, raw_obs: dict[str, Tensor]) -> Tensor:
+        """Convert a raw observation to features (N, obs_dim). This has no trainable parameters, so the rollout stores
+        the result and all epochs reuse it."""
+        robot, grid = raw_obs["robot"], raw_obs["grid"][:, self.channel_idx]
+        route = route_features(raw_obs["goal"])
+        nearest = raw_obs["pedestrians"][:, : self.num_pedestrians]
+        pedestrians = pedestrian_features(nearest, raw_obs["count"], robot[:, :1] * self.max_speed).flatten(1)
         if self.use_cnn:
+            # Cells are packed along the forward axis, so that mirroring permutes whole numbers
             return torch.cat([robot, route, pedestrians, pack_bits(grid).flatten(1).to(robot)], dim=1)
         return torch.cat([robot, route, ray_proximity(grid, self.ray_indices).to(robot), pedestrians], dim=1)
 
@@ -287,7 +290,7 @@ class GridAgent(nn.Module):
         """Mean action (..., 2), symmetrized: (f(o) + M f(M o)) / 2."""
         both = torch.stack([features, features[..., self.mirror_index] * self.mirror_sign])
         action, mirrored = self.actor(both)
-        return (action + mirrored * self.mirror_sign[:2]) / 2  # mirroring keeps the first action and negates the second
+        return (action + mirrored * self.action_mirror) / 2
 
     def scale_action(self, action: Tensor) -> Tensor:
         """Map [-1, 1] to [low, high]. Clipping comes last, so that rounding cannot leave the action space."""
@@ -302,7 +305,7 @@ class GridAgent(nn.Module):
         return self.critic(features).squeeze(-1)
 
     def evaluate_actions(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log pi(action | obs) (...), the entropy of the policy () and V(obs) (...)."""
+        """Return log pi(action | obs), the entropy of the policy and V(obs), of shapes (...), () and (...)."""
         # log N(a; mu, sigma) = -z^2 / 2 - log sigma - log(2 pi) / 2, summed over dimensions, with z = (a - mu) / sigma
         z = (action - self.action_mean(features)) / self.log_std.exp()
         log_scale = (self.log_std + 0.5 * log(2 * pi)).sum()
@@ -317,7 +320,7 @@ class Rollout:
     """T steps in N environments. Every field has shape (T, N, ...); index t is one complete transition."""
 
     obs: Tensor
-    action: Tensor  # the sampled action before clipping
+    action: Tensor  # the sampled action before scaling and clipping
     next_obs: Tensor  # the true successor, also at the end of an episode
     reward: Tensor
     terminated: Tensor
@@ -343,7 +346,7 @@ def collect_rollout(
             scaled_action if envs.on_gpu else scaled_action.cpu().numpy()
         )
         new_obs = agent.encode_obs(to_tensors(raw_obs, device))
-        step += args.num_envs
+        step += args.num_envs  # over all ranks
         check_finite("observation", new_obs, f"step {step}")
         check_finite("reward", reward, f"step {step}")
 
@@ -388,7 +391,7 @@ Batch = dict[str, Tensor]  # every entry has shape (batch, ...)
 
 @torch.no_grad()
 def make_batch(agent: nn.Module, rollout: Rollout, args: Args) -> Batch:
-    """Compute advantages, returns and the log-probabilities of the old policy, with batch size T * N."""
+    """Compute advantages, returns and the log-probabilities of the policy before the update, with batch size T * N."""
     logprob, _, value = agent.evaluate_actions(rollout.obs, rollout.action)
     next_value = agent.value(rollout.next_obs)
     advantage = gae(rollout.reward, value, next_value, rollout.terminated, rollout.done, args)
@@ -456,8 +459,8 @@ def all_reduce_backward(
     if args.norm_adv:
         std, mean = torch.std_mean(dist.all_gather(minibatch["advantage"]))
         minibatch = {**minibatch, "advantage": (minibatch["advantage"] - mean) / (std + 1e-8)}
-    local_args = replace(args, norm_adv=False, max_grad_norm=inf)  # normalization and clipping are global
-    stats = backward_fn(agent, parameters, minibatch, local_args, critic_only)
+    plain_args = replace(args, norm_adv=False, max_grad_norm=inf)  # normalization and clipping are done here
+    stats = backward_fn(agent, parameters, minibatch, plain_args, critic_only)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     # One exchange for all: the gradients, then the statistics
     average = dist.all_reduce_mean(nn.utils.parameters_to_vector([*gradients, *stats.values()]))
@@ -533,9 +536,9 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
         FloatingPointError: a non-finite observation, reward, statistic or parameter.
     """
     args, device = setup(check_grid_args(args), distributed=True)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1 if args.dry_run else args.threads)  # on busy cores, waiting threads use CPU time
     dist.init_process_group(args)
-    local_args = dist.local_args(args)  # this rank's number of environments and minibatch size
+    local_args = dist.local_args(args)  # num_envs and minibatch_size of this rank; args has the totals over all ranks
     reward_kwargs = {"reward": args.reward} | ({"reward_weights": args.reward_weights} if args.reward_weights else {})
     envs = make_train_envs(local_args, flat=False, device=device.type, **reward_kwargs)
     agent = make_grid_agent(envs, args).to(device)
@@ -551,13 +554,13 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
     step, best = 0, None
     raw_obs, _ = envs.reset(seed=dist.local_seeds(args))
 
+    # --resume restores everything, --pretrained the agent alone (then there is no checkpoint)
     checkpoint = restore(args, "policy", agent, optimizer=optimizer, reward_scaler=reward_scaler)
-    if checkpoint:  # --resume
+    if checkpoint:
         step, best = checkpoint["step"], checkpoint["best"]
-        with restoring(args.resume):
-            local_state = dist.local_state(checkpoint)
-            raw_obs = envs.load_state_dict(local_state["envs"])
-            set_rng_state(local_state["rng"])
+        local_state = dist.local_state(checkpoint)
+        raw_obs = envs.load_state_dict(local_state["envs"])
+        set_rng_state(local_state["rng"])
     obs = agent.encode_obs(to_tensors(raw_obs, device))
 
     def policy() -> dict:
@@ -577,10 +580,10 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
         }
 
     # Every rank trains; only rank 0 evaluates and writes files
-    script, total_steps = Path(__file__).stem, args.num_iterations * args.batch_size
+    script, total_steps = Path(__file__).stem, args.num_iterations * args.steps_per_iteration
     with Run(script, args, total_steps, checkpoint) if dist.rank() == 0 else NullRun() as run:
         stop = dist.broadcast_from_rank0(lambda: run.converged)  # a resumed run may have converged before
-        for iteration in range(step // args.batch_size + 1, args.num_iterations + 1):
+        for iteration in range(step // args.steps_per_iteration + 1, args.num_iterations + 1):
             if stop:
                 break
             progress = (iteration - 1) / args.num_iterations
@@ -590,7 +593,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
                 agent.log_std.fill_((1 - progress) * args.init_log_std + progress * args.final_log_std)
 
             rollout, obs, episodes = collect_rollout(agent, envs, obs, step, args)
-            step += args.batch_size
+            step += args.steps_per_iteration
             if args.norm_reward:  # with statistics over all ranks, so that they stay identical
                 reward = reward_scaler(dist.all_gather(rollout.reward, dim=1), dist.all_gather(rollout.done, dim=1))
                 rollout.reward = dist.local_shard(reward, dim=1)
@@ -602,7 +605,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
 
             evaluation = None
             eval_interval = args.eval_every * (2 if step > 3_000_000 else 1)
-            if iteration == args.num_iterations or is_due(eval_interval, step, args.batch_size):
+            if iteration == args.num_iterations or is_due(eval_interval, step, args.steps_per_iteration):
                 evaluation = dist.broadcast_from_rank0(run.evaluate, DeterministicPolicy(agent), step)
                 if is_better(evaluation, best, args.best_metric):
                     best = {"step": step, "agent": deepcopy(agent.state_dict()), "evaluation": evaluation}
@@ -615,7 +618,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
             run.log(step, stats, episodes, evaluation)
             if stop_requested and iteration < args.num_iterations:  # Ctrl-C, SIGTERM or SIGUSR1
                 return run.interrupted(state())
-            if is_due(args.checkpoint_every, step, args.batch_size):
+            if is_due(args.checkpoint_every, step, args.steps_per_iteration):
                 run.save(f"checkpoints/step_{step:09d}.pt", state())
             elif latest_due:
                 run.save("checkpoints/latest.pt", state())

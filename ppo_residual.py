@@ -4,7 +4,7 @@ A base policy (inverse kinematics, a controller, a cloned network) solves most o
 network learns a correction, so training starts from the performance of the base policy (Silver et al. 2018; Johannink
 et al. 2019):
 
-    action = clip(base(obs) + alpha * residual_scale * residual(obs), low, high),    residual(obs) in [-1, 1]
+    action = clip(base(obs) + alpha * residual_scale * clip(residual(obs), -1, 1), low, high)
     reward = task reward - residual_penalty * |residual|^2                           while training
 
 The residual is a Gaussian policy trained with standard PPO (Schulman et al. 2017).
@@ -54,13 +54,13 @@ from envs.run import (
 @dataclass(kw_only=True)
 class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpoints, tracking, device
     env_id: str = "SO101Paper-v0"  # environment with flat Box observations and actions
-    total_timesteps: Steps = 50_000  # environment steps, summed over all environments
+    total_timesteps: Steps = 50_000  # total environment steps; with action repeat k, one action counts as k steps
     num_envs: int = 8  # number of parallel environments
     num_steps: int = 256  # rollout length per environment
 
     base_policy: str = "ik"  # zero, a controller of the environment, PATH.onnx, or blend:A:B:w for w A + (1 - w) B
-    alpha: float = 0.7  # weight of the residual; training depends only on the product alpha * residual_scale
-    residual_scale: float = 0.02  # action (rad) per unit of residual
+    alpha: float = 0.7  # factor on residual_scale, as in the published task; only their product has an effect
+    residual_scale: float = 0.02  # action (rad) per unit of residual at alpha = 1
     residual_penalty: float = 0.001  # cost of |residual|^2 per training step
 
     learning_rate: float = 3e-4  # learning rate of Adam; usually 1e-4 to 1e-3
@@ -88,11 +88,12 @@ class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpo
     eval_every: int = 10_000  # environment steps between evaluations on the validation split; 0 = only at the end
     checkpoint_every: int = 10_000  # environment steps between checkpoints; 0 = none
 
-    preset_keys: ClassVar = ("env_id", "base_policy")
+    preset_keys: ClassVar = ["base_policy"]  # without --preset, it selects the preset
 
     @classmethod
     def from_preset(cls, name: str | None = None, **overrides: Any) -> "Args":
-        """Args with the values of a preset, by default the one of base_policy. Keyword arguments override them."""
+        """Args with the values of a preset. Without a name it is the preset named like base_policy, if there is one and
+        env_id is the default. Keyword arguments override the values."""
         if name is not None and name not in PRESETS:
             raise UserError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
         if name is None and overrides.get("env_id", cls.env_id) == cls.env_id:
@@ -100,9 +101,11 @@ class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpo
         return cls(**PRESETS.get(name, {}) | overrides)
 
 
-# The defaults are tuned for ik. Success over 300 validation episodes, mean / worst of seeds 1 to 8: defaults .995 /
-# .977; clip_vloss .942 / .863; norm_reward .988 / .970; init_log_std 0 .983 / .907 (with large noise, exploration
-# solves what the mean action then cannot).
+# The defaults are tuned for ik. Success over 300 validation episodes, mean and worst of seeds 1 to 8, with one change:
+#     defaults           .995   .977
+#     clip_vloss True    .942   .863
+#     norm_reward True   .988   .970
+#     init_log_std 0     .983   .907      with large noise, exploration solves what the mean action then cannot
 # {name: values that replace the defaults above}. --base-policy X --help shows the result.
 PRESETS: dict[str, dict] = {
     # Without a base policy the residual must move the arm by as much per step as a base would, and shorter episodes
@@ -117,8 +120,8 @@ PRESETS: dict[str, dict] = {
 
 
 class Normalizer(nn.Module):
-    """Normalizes with a running mean and variance. Both are buffers, so the state_dict, policy files and ONNX files
-    include them; only update() changes them."""
+    """Normalizes with a running mean and variance. They are buffers, so that the state_dict and the ONNX file of a
+    module with a normalizer include them. Only update() changes them."""
 
     def __init__(self, shape: tuple[int, ...] = ()):
         super().__init__()
@@ -209,7 +212,7 @@ class Agent(nn.Module):
         return self.critic(self.normalizer(obs)).squeeze(-1)
 
     def evaluate_actions(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log pi(action | obs) (...), the entropy of the policy () and V(obs) (...)."""
+        """Return log pi(action | obs), the entropy of the policy and V(obs), of shapes (...), () and (...)."""
         obs = self.normalizer(obs)
         # log N(a; mu, sigma) = -z^2 / 2 - log sigma - log(2 pi) / 2, summed over dimensions, with z = (a - mu) / sigma
         z = (action - self.actor(obs)) / self.log_std.exp()
@@ -241,7 +244,7 @@ class Rollout:
     """T steps in N environments. Every field has shape (T, N, ...); index t is one complete transition."""
 
     obs: Tensor
-    action: Tensor  # the sampled action before clipping
+    action: Tensor  # the sampled action before scaling and clipping
     next_obs: Tensor  # the true successor, also at the end of an episode
     reward: Tensor
     terminated: Tensor
@@ -263,8 +266,8 @@ def collect_rollout(
         base_action = base_policy(obs)
         check_finite("base action", base_action, f"step {step}")
         residual = agent.sample(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
-        action = apply_residual(base_action, residual, args.alpha * args.residual_scale, envs.single_action_space)
-        new_obs, reward, terminated, truncated, info = envs.step(action)
+        env_action = apply_residual(base_action, residual, args.alpha * args.residual_scale, envs.single_action_space)
+        new_obs, reward, terminated, truncated, info = envs.step(env_action)
         step += envs.num_envs * envs.action_repeat
         check_finite("observation", new_obs, f"step {step}")
         check_finite("reward", reward, f"step {step}")
@@ -309,7 +312,7 @@ Batch = dict[str, Tensor]  # every entry has shape (batch, ...)
 
 @torch.no_grad()
 def make_batch(agent: nn.Module, rollout: Rollout, args: Args) -> Batch:
-    """Compute advantages, returns and the log-probabilities of the old policy, with batch size T * N."""
+    """Compute advantages, returns and the log-probabilities of the policy before the update, with batch size T * N."""
     logprob, _, value = agent.evaluate_actions(rollout.obs, rollout.action)
     next_value = agent.value(rollout.next_obs)
     advantage = gae(rollout.reward, value, next_value, rollout.terminated, rollout.done, args)
@@ -397,6 +400,7 @@ def ppo_update(
 
 
 def make_residual_agent(envs: VectorEnv, args: Args) -> Agent:
+    """The agent's actions are residuals: its action space is [-1, 1], and scale_action only clips."""
     bound = np.ones(envs.single_action_space.shape, np.float32)
     return Agent(envs.single_observation_space.shape[0], -bound, bound, args)
 
@@ -425,9 +429,11 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
     step, best = 0, None
     obs, _ = envs.reset(seed=args.seed)
 
-    checkpoint = restore(args, "residual", agent, optimizer=optimizer, reward_scaler=reward_scaler, envs=envs)
-    if checkpoint:  # --resume
-        obs, step, best = checkpoint["obs"], checkpoint["step"], checkpoint["best"]
+    # --resume restores everything, --pretrained the agent alone (then there is no checkpoint)
+    checkpoint = restore(args, "residual", agent, optimizer=optimizer, reward_scaler=reward_scaler)
+    if checkpoint:
+        obs = envs.load_state_dict(checkpoint["envs"])
+        step, best = checkpoint["step"], checkpoint["best"]
 
     def policy() -> dict:
         return policy_contents("residual", Path(__file__).stem, args, agent, step)
@@ -443,9 +449,9 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
             "rng": rng_state(),
         }
 
-    with Run(Path(__file__).stem, args, args.num_iterations * args.batch_size, checkpoint) as run:
-        for iteration in range(step // args.batch_size + 1, args.num_iterations + 1):
-            if run.converged:
+    with Run(Path(__file__).stem, args, args.num_iterations * args.steps_per_iteration, checkpoint) as run:
+        for iteration in range(step // args.steps_per_iteration + 1, args.num_iterations + 1):
+            if run.converged:  # --stop-at-convergence; tested here so that resuming a converged run ends it
                 break
             progress = (iteration - 1) / args.num_iterations
             if args.anneal_lr:
@@ -454,13 +460,13 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
                 agent.log_std.fill_((1 - progress) * args.init_log_std + progress * args.final_log_std)
 
             rollout, obs, episodes = collect_rollout(agent, base_policy, envs, obs, step, args)
-            step += args.batch_size
+            step += args.steps_per_iteration
             if args.norm_reward:
                 rollout.reward = reward_scaler(rollout.reward, rollout.done)
-            # The first rollout initializes the normalizer before the update, so that the networks never train on raw
-            # observations. The log-probabilities change little, because the initial mean action is near zero.
-            is_first_update = args.norm_obs and agent.normalizer.count.item() == 0
-            if is_first_update:
+            # The first rollout fills the normalizer before the update, so that the networks never train on raw
+            # observations. The old log-probabilities are computed after that, so the ratio starts at 1 all the same.
+            normalizer_is_empty = args.norm_obs and agent.normalizer.count.item() == 0
+            if normalizer_is_empty:
                 agent.normalizer.update(rollout.obs.flatten(0, 1))
             critic_only = iteration <= args.critic_warmup_updates
             batch = make_batch(agent, rollout, args)
@@ -468,13 +474,13 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
             stats["learning_rate"] = optimizer.param_groups[0]["lr"]
             stats["residual_magnitude"] = rollout.action.clamp(-1, 1).norm(dim=-1).mean().item()
             # Later updates of the normalizer come after the epochs, so that old and new log-probabilities use the same
-            # normalization, and not while the actor is frozen.
-            if args.norm_obs and not (is_first_update or critic_only or args.freeze_obs_stats):
+            # normalization. There are none during the critic warm-up, in which the policy must not change.
+            if args.norm_obs and not (normalizer_is_empty or critic_only or args.freeze_obs_stats):
                 agent.normalizer.update(rollout.obs.flatten(0, 1))
             check_update(agent, stats, step)
 
             evaluation = None
-            if iteration == args.num_iterations or is_due(args.eval_every, step, args.batch_size):
+            if iteration == args.num_iterations or is_due(args.eval_every, step, args.steps_per_iteration):
                 scale, space = args.alpha * args.residual_scale, envs.single_action_space
                 residual_policy = ResidualPolicy(DeterministicPolicy(agent), base_policy, scale, space)
                 evaluation = run.evaluate(residual_policy, step)

@@ -9,6 +9,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space, create_empty_array
 
+from envs import UserError
+
 FASTEST_FILM = 60  # frames a second: of faster environments, films and windows leave frames out
 SPLITS = ("train", "validation", "test")
 Array = np.ndarray | torch.Tensor
@@ -156,12 +158,13 @@ class BatchEnv(gym.vector.VectorEnv):
         """Go back to a snapshot. Returns the observation of that moment.
 
         Raises:
-            ValueError: the snapshot is from another number of environments or another version.
+            UserError: the snapshot is from another number of environments or another version.
         """
         for name, array in self._everything().items():
-            saved = state["arrays"][name]
-            if tuple(saved.shape) != tuple(array.shape):
-                raise ValueError(f"its {name} has shape {tuple(saved.shape)}, not {tuple(array.shape)}")
+            saved = state["arrays"].get(name)
+            if saved is None or tuple(saved.shape) != tuple(array.shape):
+                there = "absent" if saved is None else tuple(saved.shape)
+                raise UserError(f"--resume: the shape of {name} in the checkpoint is {there}, not {tuple(array.shape)}")
             array[:] = saved
         for rng, rng_state in zip(self.rngs, state["rngs"], strict=True):
             rng.bit_generator.state = rng_state

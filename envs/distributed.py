@@ -61,10 +61,12 @@ def seed_rank(seed: int) -> None:
 
 
 def local_state(checkpoint: dict) -> dict:
-    """Environments and random generators of this rank. Raises ValueError if another number of ranks saved them."""
+    """Environments and random generators of this rank. Raises UserError if another number of ranks saved them."""
     states = [checkpoint, *checkpoint["other_ranks"]]
     if len(states) != world_size():
-        raise ValueError(f"{len(states)} processes trained it, not {world_size()}; start {len(states)} with torchrun")
+        raise UserError(
+            f"--resume: {len(states)} processes trained it, not {world_size()}; start {len(states)} with torchrun"
+        )
     return states[rank()]
 
 

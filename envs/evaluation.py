@@ -294,15 +294,19 @@ class VideoRecorder:
         return self.policy(obs)
 
     def save(self, path: Path) -> None:
-        """Write an .mp4, or a .gif with 12 frames per second and 400 pixels wide."""
-        from moviepy import ImageSequenceClip
+        """Write an .mp4, or a .gif with at most 12 frames per second and 400 pixels wide."""
+        import imageio.v2 as imageio  # slow to import
+        from PIL import Image
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        clip = ImageSequenceClip(self.frames, fps=self.fps)
         if path.suffix == ".gif":
-            clip.resized(width=400).write_gif(str(path), fps=min(self.fps, 12), logger=None)
+            skip = math.ceil(self.fps / 12)
+            images = [Image.fromarray(frame) for frame in self.frames[::skip]]
+            images = [image.resize((400, round(400 * image.height / image.width))) for image in images]
+            duration = 1000 * skip / self.fps  # ms
+            images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0)
         else:
-            clip.write_videofile(str(path), logger=None)
+            imageio.mimwrite(path, self.frames, fps=self.fps, macro_block_size=2)
         print(f"recorded {path}", file=sys.stderr)
 
 
@@ -356,7 +360,9 @@ class OnnxPolicy:
         try:
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             self.metadata = self.session.get_modelmeta().custom_metadata_map
-            self.env_kwargs = {k: json.loads(self.metadata[k]) for k in ACTION_KWARGS if k in self.metadata}
+            self.env_kwargs = {
+                k: json.loads(self.metadata[k]) for k in ACTION_KWARGS + OBS_KWARGS if k in self.metadata
+            }
             self.inputs = {i.name: dtypes[i.type] for i in self.session.get_inputs()}
             shape = self(obs).shape
         except Exception as error:  # onnxruntime's exceptions have no public base class
@@ -381,7 +387,7 @@ class BlendPolicy:
         return self.weight * self.a(obs) + (1 - self.weight) * self.b(obs)
 
 
-BLEND = re.compile(r"blend:(.+\.onnx|[\w-]+):(.+\.onnx|[\w-]+):([\d.]+)")  # paths may contain colons
+BLEND = re.compile(r"blend:(.+\.onnx|[\w-]+):(.+\.onnx|[\w-]+):(\d+\.?\d*)")  # paths may contain colons
 
 
 def make_scripted_policy(name: str, envs: Any) -> Policy:

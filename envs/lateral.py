@@ -26,6 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 import gymnasium as gym
 import numpy as np
 
+from envs import UserError
 from envs.batch_env import BatchEnv, SingleEnv, seed_of_each
 from envs.lateral_model import BINS, Dynamics, distribution, draw, tokens_of
 from envs.lateral_segments import (
@@ -551,7 +552,7 @@ class LateralControl(BatchEnv):
 
     def load_state_dict(self, state: dict) -> np.ndarray:
         if int(state["arrays"]["road"][0]) != self.road.checksum:
-            raise ValueError("the run used other segments; give data_path the files that it had")
+            raise UserError("the run used other segments; give data_path the files that it had")
         return super().load_state_dict(state)
 
 

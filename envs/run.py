@@ -27,7 +27,7 @@ from datetime import datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ class BaseArgs:
     seed: int = 1  # seed of the networks, the environments and the minibatch order
     threads: int = 1  # CPU threads of the bundled simulators; PyTorch uses one, which is fastest for small networks
 
-    eval_episodes: int = 100  # episodes per evaluation; 0 = every episode of a finite split
+    eval_episodes: int = 100  # episodes per evaluation; 0 = all, if the environment has a fixed number
     eval_seed: int = 1  # seed of the evaluation episodes (train, validation and test use disjoint random streams)
     run_root: str = "runs"  # parent directory of all run directories
     run_name: str | None = None  # name of the run directory; default: <script>__<env id>__seed<seed>__<time>
@@ -178,14 +178,16 @@ class RunArgs(BaseArgs):
     resume: str | None = None  # run directory or checkpoint to continue; Gymnasium environments start fresh episodes
     pretrained: str | None = None  # policy file or run that initializes actor, critic and normalizer
 
+    preset_keys: ClassVar[list[str]] = []  # flags besides --env-id by which from_preset selects a preset
+
     @property
-    def batch_size(self) -> int:
-        """Environment steps per iteration. With action repeat k, one action counts as k steps."""
+    def steps_per_iteration(self) -> int:
+        """Environment steps per rollout, over all environments. With action repeat k, one action counts as k steps."""
         return self.num_envs * self.num_steps * self.env_kwargs.get("action_repeat", 1)
 
     @property
     def num_iterations(self) -> int:
-        return self.total_timesteps // self.batch_size
+        return self.total_timesteps // self.steps_per_iteration
 
 
 def flag(name: str) -> str:
@@ -202,7 +204,7 @@ def check_args(args: BaseArgs) -> None:
     for name in SET_BY_SCRIPT:
         if name in args.env_kwargs or name in args.eval_env_kwargs:
             raise UserError(f"--env-kwargs {name}: the script sets it; use {flag(name)} if there is such a flag")
-    for name, package, extra in (("track", "wandb", "track"), ("capture_video", "moviepy", "video")):
+    for name, package, extra in (("track", "wandb", "track"), ("capture_video", "imageio_ffmpeg", "video")):
         if getattr(args, name) and find_spec(package) is None:
             raise UserError(f"{flag(name)} needs {package}: pip install -e '.[{extra}]'")
 
@@ -219,13 +221,15 @@ def setup(args: Any, distributed: bool = False) -> tuple[Any, torch.device]:
     if args.env_kwargs.get("action_repeat", 1) not in range(1, 10**6):
         raise UserError("--env-kwargs action_repeat must be a whole number from 1")
     if args.dry_run:
-        args = replace(args, total_timesteps=args.batch_size, checkpoint_every=args.batch_size, eval_episodes=2)
+        args = replace(
+            args, total_timesteps=args.steps_per_iteration, checkpoint_every=args.steps_per_iteration, eval_episodes=2
+        )
     check_args(args)
     rollout_size = args.num_envs * args.num_steps
     if args.minibatch_size < 2 or rollout_size % args.minibatch_size:
         raise UserError(f"--minibatch-size must be at least 2 and divide num_envs * num_steps = {rollout_size}")
-    if args.total_timesteps < args.batch_size:
-        raise UserError(f"--total-timesteps must be at least one rollout, {args.batch_size} steps")
+    if args.total_timesteps < args.steps_per_iteration:
+        raise UserError(f"--total-timesteps must be at least one rollout, {args.steps_per_iteration} steps")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU; use --device cpu or install PyTorch with CUDA")
     if getattr(args, "freeze_obs_stats", False) and not (args.norm_obs and args.pretrained):
@@ -307,9 +311,9 @@ def check_update(agent: nn.Module, stats: dict[str, float], step: int) -> None:
         raise NonFiniteError(f"{wrong[0]} is not finite after step {step}; try a lower --learning-rate")
 
 
-def is_due(interval: int, step: int, batch_size: int) -> bool:
-    """Whether the last batch_size steps contain a multiple of the interval; never if the interval is 0."""
-    return interval > 0 and step // interval > (step - batch_size) // interval
+def is_due(interval: int, step: int, steps_per_iteration: int) -> bool:
+    """Whether the last steps_per_iteration steps contain a multiple of the interval; never if the interval is 0."""
+    return interval > 0 and step // interval > (step - steps_per_iteration) // interval
 
 
 # Files
@@ -440,20 +444,11 @@ def read_checkpoint(path: str, quiet: bool = False) -> dict:
     return newest
 
 
-@contextlib.contextmanager
-def restoring(path: str) -> Iterator[None]:
-    """Turns an error while a checkpoint is loaded into a UserError."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        raise UserError(f"{path} does not fit this version or these settings: {error}") from error
-
-
 def restore(args: Any, policy_type: str, agent: nn.Module, **objects: Any) -> dict | None:
     """Load what --resume or --pretrained names.
 
-    --pretrained initializes the agent alone. --resume also loads each of `objects` from the entry of the checkpoint
-    with its name, and PyTorch's random generators; checkpoint["obs"] is the observation to continue from.
+    --pretrained initializes the agent alone. --resume also loads PyTorch's random generators and each of `objects` from
+    the entry of the checkpoint with its name.
 
     Returns:
         The checkpoint of --resume, or None.
@@ -468,12 +463,12 @@ def restore(args: Any, policy_type: str, agent: nn.Module, **objects: Any) -> di
     checkpoint = read_checkpoint(args.resume)
     check_resume(args, checkpoint, policy_type)
     load_agent(agent, checkpoint, args)
-    with restoring(checkpoint["file"]):
+    try:
         for name, x in objects.items():
-            obs = x.load_state_dict(checkpoint[name])
-            if name == "envs":
-                checkpoint["obs"] = obs
+            x.load_state_dict(checkpoint[name])
         set_rng_state(checkpoint["rng"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{checkpoint['file']} does not fit this version or these settings: {error}") from error
     return checkpoint
 
 
@@ -493,7 +488,7 @@ def check_resume(args: Any, checkpoint: dict, policy_type: str) -> None:
     completed = summary.exists() and read_json(summary).get("status") == "completed"
     is_last = completed and Path(checkpoint["file"]).name == "final.pt"  # an older checkpoint can be continued
     done = is_last and args.total_timesteps <= before.total_timesteps
-    if done or checkpoint["step"] > args.num_iterations * args.batch_size:
+    if done or checkpoint["step"] > args.num_iterations * args.steps_per_iteration:
         raise UserError(f"{args.resume} is complete at {checkpoint['step']:,} steps; raise --total-timesteps to go on")
 
 
@@ -506,7 +501,7 @@ def load_agent(agent: nn.Module, policy: dict, args: Any) -> None:
     source, ours, theirs = policy["file"], agent.state_dict(), policy["agent"]
     if policy["env_id"] != args.env_id:
         raise UserError(f"{source}: a policy for {policy['env_id']}, not {args.env_id}; give its --env-id")
-    for name in OBS_KWARGS + ACTION_KWARGS:
+    for name in OBS_KWARGS:
         here, there = (kwargs.get(name, "the default") for kwargs in (args.env_kwargs, policy["env_kwargs"]))
         if here != there:
             raise UserError(f"{source}: was trained with {name} {there}, not {here}; set it with --env-kwargs")
@@ -558,7 +553,7 @@ def export_onnx(agent: nn.Module, envs: Any, policy: dict, path: Path) -> None:
     for part in (*model.graph.node, *model.graph.value_info, *model.graph.initializer, model.graph, model):
         part.ClearField("metadata_props")  # the exporter notes source lines there, with absolute paths
     metadata = {name: policy[name] for name in ("policy_type", "script", "env_id")}
-    metadata |= {name: json.dumps(x) for name, x in policy["env_kwargs"].items() if name in ACTION_KWARGS}
+    metadata |= {name: json.dumps(x) for name, x in policy["env_kwargs"].items() if name in ACTION_KWARGS + OBS_KWARGS}
     if policy["policy_type"] == "residual":
         metadata |= {name: str(policy["args"][name]) for name in ("base_policy", "alpha", "residual_scale")}
     for key, value in metadata.items():
@@ -768,7 +763,7 @@ class Run(StopSignal):
 
     def save_checkpoint_if_due(self, state: Callable[[], dict], step: int) -> None:
         """Write checkpoints/step_*.pt every --checkpoint-every steps, else latest.pt every minute."""
-        if is_due(self.args.checkpoint_every, step, self.args.batch_size):
+        if is_due(self.args.checkpoint_every, step, self.args.steps_per_iteration):
             self.save(f"checkpoints/step_{step:09d}.pt", state())
         elif self.latest_due:
             self.save("checkpoints/latest.pt", state())
@@ -882,6 +877,8 @@ def parents(args: Any) -> dict[str, dict]:
     files = [Path(name) for name in file_hashes(args)]
     if getattr(args, "pretrained", None):
         files.append(Path(read_policy(args.pretrained)["file"]))
+    if getattr(args, "reward_weights", None):
+        files.append(Path(args.reward_weights))
     if getattr(args, "dataset", None):
         files.append(dataset_file(args))
     return {str(file): lineage(file) for file in files}

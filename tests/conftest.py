@@ -1,13 +1,13 @@
 """Fixtures that several test files use."""
 
 import functools
-import signal
 import sys
 
 import pytest
 import torch
 from helpers import assert_refused, files
 
+from envs import cli
 from envs.socnav import environment
 from envs.socnav.scenarios import choose
 
@@ -39,13 +39,10 @@ def command(request, monkeypatch, capsys):
     def command(line, script=request.module.SCRIPT):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *line.split()])
         with pytest.raises(SystemExit) as end:
-            sys.exit(script.main())
+            sys.exit(cli.main(script.train, script.Args) if script.main is cli.main else script.main())
         return end.value.code or 0, [line for line in capsys.readouterr().err.splitlines() if line]
 
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield command
-    for s, handler in before.items():
-        signal.signal(s, handler)
+    return command
 
 
 @pytest.fixture

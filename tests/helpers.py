@@ -1,5 +1,6 @@
 """Functions that several test files use."""
 
+import copy
 import csv
 import json
 import math
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 from envs import run
+from envs.evaluation import read_pt
+from envs.socnav import environment
 
 
 def lines(path: Path) -> list[dict]:
@@ -44,7 +47,7 @@ def rows(path: Path) -> list[dict]:
 def same_runs(folder: Path, other: Path, final: tuple[str, ...] = ("final.pt", "best.pt")) -> None:
     """All that training did; the arguments differ in where the runs lie, and the times in what they took."""
     for name in final:
-        ours, theirs = run.load(folder / name), run.load(other / name)
+        ours, theirs = read_pt(folder / name), read_pt(other / name)
         same({**ours, "args": None}, {**theirs, "args": None}, name)
     for name in ("evaluations.jsonl", "episodes.jsonl"):
         assert lines(folder / name) == lines(other / name)
@@ -63,3 +66,21 @@ def assert_refused(status: int | str, lines: list[str], message: str) -> None:
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert re.search(message, lines[0])
+
+
+def placeholder_export(agent: Any, envs: Any, policy: dict, path: Path) -> None:
+    """In place of run.export_onnx, which takes longer than a tiny run."""
+    run.write_file(path, b"onnx")
+
+
+def make_quick(patch: Any) -> None:
+    """No export, and episodes of at most 25 steps in the social navigation task."""
+
+    def short_world(*args: Any, **kwargs: Any) -> Any:
+        world = copy.copy(load_world(*args, **kwargs))
+        world.limit = world.limit.clamp(max=25)
+        return world
+
+    load_world = environment.load_world
+    patch.setattr(environment, "load_world", short_world)
+    patch.setattr(run, "export_onnx", placeholder_export)

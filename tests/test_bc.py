@@ -1,43 +1,42 @@
-"""bc_pretrain.py: what it records is what the expert meant where it was; its clones are policies like any others."""
+"""bc_pretrain.py: each recorded pair is the expert's action in its state; clones are trained and saved as specified."""
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import signal
 import zipfile
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-import onnxruntime
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers import lines, placeholder_export
 
 import bc_pretrain as bc
-import envs
 import ppo_continuous
 import ppo_grid_socnav
 import ppo_residual
-from envs import command, demonstrations, rollout, run
+from envs import demonstrations, evaluation, make_vec, run
 from envs.batch_env import BatchEnv
-from envs.files import UserError
 from envs.lateral import FeedForward, LateralControl
 
+SCRIPT = bc
 
-class Straight:
-    """Goes home as fast as it can."""
 
+class StraightHome:
     def __call__(self, obs):
         return np.clip(-obs[:, :1], -0.05, 0.15).astype(np.float32)
 
 
 class Home(BatchEnv):
-    """A point in [-1, 1] moves by its action; each step costs its distance from 0, where it has arrived; 30 steps."""
+    """A point at x in [-1, 1] moves by its action; each step costs its distance from 0, the goal; 30 steps."""
 
-    controllers = {"straight": Straight}  # noqa: RUF012
+    controllers = {"straight": StraightHome}  # noqa: RUF012
 
     def __init__(self, num_envs=1, training=True, split="train", render_mode=None):
         box, action = gym.spaces.Box(-20, 20, (1,), np.float32), gym.spaces.Box(-0.05, 0.15, (1,), np.float32)
@@ -59,6 +58,9 @@ class Home(BatchEnv):
     def state(self):
         return {"x": self.x}
 
+    def render(self):
+        return self.x.copy()
+
 
 @pytest.fixture(scope="module", autouse=True)
 def home():
@@ -68,865 +70,497 @@ def home():
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A directory of runs with demonstrations of both tasks."""
-    root = str(tmp_path_factory.mktemp("runs"))
-    bc.collect(bc.CollectArgs("lateral", episodes=5, seeds=(3, 4), run_root=root))
-    bc.collect(collect_home(root))
-    return root
+def originals(home, tmp_path_factory):
+    """runs/datasets/home, demonstrations with noise, and runs/clone, which has an ONNX file."""
+    root = str(tmp_path_factory.mktemp("originals"))
+    collect("home", run_root=root)
+    bc.train(train_args(epochs=5, learning_rate=1e-2, run_root=root, run_name="clone"))
+    return Path(root)
 
 
-def collect_home(root, **changes):
-    settings = {"dataset": "home", "policy": "straight", "env_id": "CloneHome-v0", "episodes": 80, "seeds": (3, 4)}
-    return bc.CollectArgs(**{**settings, "action_noise": 0.25, "run_root": root, **changes})
+@pytest.fixture(autouse=True)
+def place(originals, tmp_path, monkeypatch):
+    """Every test works in its own copy and exports a placeholder."""
+    shutil.copytree(originals, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "export_onnx", placeholder_export)
 
 
-def arrays_of(file):
-    with np.load(file, allow_pickle=False) as content:
-        return dict(content)
+def collect(dataset, **settings):
+    """Collect a dataset of the home task and return it."""
+    defaults = {"policy": "straight", "env_id": "CloneHome-v0", "episodes": 80, "seeds": (3, 4), "action_noise": 0.25}
+    bc.collect(bc.CollectArgs(dataset=dataset, **defaults | settings))
+    return read(dataset, **{k: x for k, x in settings.items() if k == "run_root"})
 
 
-def rewrite(file, arrays):
-    """Other arrays, and a manifest that says that these are the ones."""
-    np.savez(file, **arrays)
-    manifest = json.loads(file.with_suffix(".json").read_text())
-    file.with_suffix(".json").write_text(json.dumps({**manifest, "sha256": run.sha256(file)}))
+def read(dataset, **settings):
+    return demonstrations.read_dataset(bc.ValidateArgs(dataset=dataset, **settings))
 
 
-def read(root, name):
-    arrays = arrays_of(run.dataset_file(bc.Args(name, run_root=root)))
-    episodes = [slice(*ends) for ends in zip(arrays["start"], arrays["start"][1:])]
-    return arrays, episodes
+def train_args(**settings):
+    defaults = {"dataset": "home", "epochs": 3, "hidden_sizes": (16,), "minibatch_size": 32, "eval_episodes": 4}
+    return bc.Args(**defaults | {"run_name": "run"} | settings)
 
 
-def settings_of(root, **changes):
-    """A short training run on the home task."""
-    settings = {"dataset": "home", "epochs": 3, "hidden_sizes": (16,), "minibatch_size": 32, "eval_episodes": 4}
-    return bc.Args(**{**settings, "run_root": root, "run_name": "run", **changes})
-
-
-@pytest.fixture
-def fake_onnx(monkeypatch):
-    """The export takes longer than a tiny run; where it is not the subject it writes a placeholder."""
-    monkeypatch.setattr(run, "export_onnx", lambda agent, obs_dim, path, *about: path.write_bytes(b"onnx"))
+def episodes_of(dataset):
+    return [dataset.steps(i) for i in range(len(dataset))]
 
 
 # Recording
 
 
-def test_the_recorded_actions_lead_through_the_recorded_observations(root):
-    """Observation, action and reward of one index are those of one step."""
-    arrays, episodes = read(root, "lateral")
-    assert arrays["obs"].shape == (2000, 46)
-    assert arrays["action"].shape == (2000, 1)
-    assert arrays["start"].tolist() == [0, 400, 800, 1200, 1600, 2000]
-    vec = LateralControl(5, training=False)
-    obs, _ = vec.reset(seed=[[0, k] for k in range(5)])
-    for t in range(400):
-        now = arrays["start"][:-1] + t
-        assert np.array_equal(obs, arrays["obs"][now])
-        obs, reward, *_ = vec.step(arrays["action"][now])
-        assert np.array_equal(reward.astype(np.float32), arrays["reward"][now])
-    assert vec.sim.t.tolist() == [100] * 5
-    for k, episode in enumerate(episodes):
-        assert arrays["reward"][episode].sum() == pytest.approx(arrays["returns"][k], rel=1e-5)
-    assert len(set(arrays["returns"])) == 5
-    assert not arrays["successes"].any()
+def test_a_plain_loop_gives_the_same_episodes():
+    """Observation, action, reward and end of one index belong to one step; episode i begins with (seed, i)."""
+    dataset = read("home")
+    assert dataset["seed"].tolist() == [[3 if i < 40 else 4, i] for i in range(80)]
+    for i, steps in enumerate(episodes_of(dataset)):
+        x = np.float64(np.random.default_rng(np.random.SeedSequence(dataset["seed"][i].tolist())).uniform(-1, 1))
+        for t in range(steps.start, steps.stop):
+            assert dataset["obs"][t] == np.float32(x)
+            assert dataset["action"][t] == np.clip(-np.float32(x), np.float32(-0.05), np.float32(0.15))
+            x += np.clip(dataset["executed_action"][t, 0], -0.05, 0.15)
+            assert dataset["reward"][t] == np.float32(-abs(x))
+            assert (abs(x) < 0.02) <= (t == steps.stop - 1)
+        assert dataset["terminated"][i] == dataset["successes"][i] == (abs(x) < 0.02)
+        assert dataset["terminated"][i] or steps.stop - steps.start == 30
+        assert dataset["returns"][i] == pytest.approx(dataset["reward"][steps].sum(), rel=1e-5)
 
 
-def test_the_recorded_actions_are_the_experts(root):
-    arrays, _ = read(root, "lateral")
-    expert, vec = FeedForward(), LateralControl(5, training=False)
-    vec.reset(seed=0)
-    expert.reset(np.arange(5), vec)
-    for t in range(50):
-        now = arrays["start"][:-1] + t
-        action = expert(arrays["obs"][now])
-        assert np.array_equal(action, arrays["action"][now])
-        vec.step(action)
+def test_noise_perturbs_the_executed_action_alone():
+    dataset = read("home")
+    noise = dataset["executed_action"][:, 0] - dataset["action"][:, 0]
+    assert np.std(noise) == pytest.approx(0.25 * 0.1, rel=0.1)  # half the action range is 0.1
+    assert abs(np.mean(noise)) < 0.003
+    assert abs(np.corrcoef(noise[1:], noise[:-1])[0, 1]) < 0.15
+    again, other = collect("again"), collect("other", seeds=(3, 5))
+    assert all(np.array_equal(again[name], x) for name, x in dataset.arrays.items())
+    end = dataset["episode_starts"][40]
+    assert np.array_equal(other["executed_action"][:end], dataset["executed_action"][:end])
+    assert not np.array_equal(other["obs"], dataset["obs"])
 
 
-def test_episodes_go_on_counting_from_seed_to_seed(root):
-    """40 of the 80 episodes have seed 3, the others seed 4; episode i starts from SeedSequence([seed, i])."""
-    arrays, episodes = read(root, "home")
-    assert len(episodes) == 80
-    for k, episode in enumerate(episodes):
-        rng = np.random.default_rng(np.random.SeedSequence([3 if k < 40 else 4, k]))
-        assert arrays["obs"][episode.start, 0] == np.float32(rng.uniform(-1, 1))
-        assert arrays["reward"][episode].sum() == pytest.approx(arrays["returns"][k], rel=1e-5)
-    assert len({episode.stop - episode.start for episode in episodes}) > 3
+def test_an_expert_with_state_is_reset_and_episodes_do_not_depend_on_the_number_of_environments(monkeypatch):
+    """Three episodes in two environments equal three with one environment and one controller each."""
+    monkeypatch.setattr(bc, "EVAL_ENVS", 2)
+    dataset = collect("lateral", policy="feedforward", env_id="LateralControl-v0", episodes=3, action_noise=0.0)
+    assert np.array_equal(dataset["action"], dataset["executed_action"])
+    for i, steps in enumerate(episodes_of(dataset)):
+        expert, envs = FeedForward(), LateralControl(1, training=False)
+        obs, _ = envs.reset(seed=[dataset["seed"][i].tolist()])
+        expert.reset(np.arange(1), envs)
+        for t in range(steps.start, steps.stop):
+            assert np.array_equal(dataset["obs"][t], obs[0])
+            action = expert(obs)
+            assert np.array_equal(dataset["action"][t], action[0])
+            obs, reward, *_ = envs.step(action)
+            assert dataset["reward"][t] == np.float32(reward[0])
 
 
-def test_what_is_recorded_is_what_the_expert_meant_and_what_is_done_is_disturbed(tmp_path, monkeypatch):
-    advance, done = Home.advance, []
-    monkeypatch.setattr(Home, "advance", lambda self, action: done.append(action.copy()) or advance(self, action))
-    bc.collect(collect_home(str(tmp_path), episodes=24, seeds=(3,)))
-    arrays, episodes = read(str(tmp_path), "home")
-    assert np.array_equal(arrays["action"], Straight()(arrays["obs"]))
-    done = np.stack([actions for actions in done if len(actions) == 24])  # row i begins with episode i
-    noise = [done[: e.stop - e.start, i] - arrays["action"][e] for i, e in enumerate(episodes)]
-    noise = np.concatenate(noise)
-    assert len(noise) > 150
-    assert np.std(noise) == pytest.approx(0.25 * 0.1, rel=0.15)  # half the range of the action is 0.1
-    assert abs(np.mean(noise)) < 0.006
-    assert np.abs(np.corrcoef(noise[1:, 0], noise[:-1, 0])[0, 1]) < 0.25
+def test_with_dagger_the_clone_acts_in_every_other_environment_and_the_expert_labels():
+    dataset = collect("dagger", dagger_policy="runs/clone", action_noise=0.0, episodes=24, seeds=(3,))
+    clone = load_clone("runs/clone")
+    assert np.array_equal(dataset["action"], StraightHome()(dataset["obs"]))
+    for i, steps in enumerate(episodes_of(dataset)):  # 24 episodes in as many environments
+        expected = clone(dataset["obs"][steps]) if i % 2 else dataset["action"][steps]
+        assert np.array_equal(dataset["executed_action"][steps], expected)
+    (path, parent), *others = dataset.manifest["parents"].items()
+    assert others == []
+    assert (path, parent["sha256"], parent["steps"]) == ("runs/clone/best.pt", evaluation.sha256(path), 5)
+    assert parent["config"]["script"] == "bc_pretrain"
 
 
-def test_without_noise_the_expert_drives_itself(tmp_path):
-    bc.collect(collect_home(str(tmp_path), action_noise=0.0, episodes=4))
-    arrays, episodes = read(str(tmp_path), "home")
-    for episode in episodes:
-        obs, action = arrays["obs"][episode, 0], arrays["action"][episode, 0]
-        np.testing.assert_allclose(np.diff(obs), action[:-1], atol=1e-6)
-    assert arrays["successes"].all()
-    assert arrays["successes"].shape == arrays["returns"].shape == (4,)
-
-
-def test_recording_is_repeatable_and_each_seed_has_its_noise(tmp_path):
-    for name, seeds in (("a", (3, 4)), ("b", (3, 4)), ("c", (3, 5))):
-        bc.collect(collect_home(str(tmp_path), dataset=name, seeds=seeds, episodes=6))
-    a, b, c = (read(str(tmp_path), name)[0] for name in "abc")
-    assert all(np.array_equal(a[name], b[name]) for name in a)
-    assert not np.array_equal(a["obs"][: len(c["obs"])], c["obs"][: len(a["obs"])])
-
-
-def test_the_number_of_rows_does_not_matter_without_noise(tmp_path, monkeypatch):
-    for name, rows in (("many", 24), ("few", 2)):
-        monkeypatch.setattr(rollout, "ROWS", rows)
-        bc.collect(collect_home(str(tmp_path), dataset=name, action_noise=0.0, episodes=7))
-    many, few = (read(str(tmp_path), name)[0] for name in ("many", "few"))
-    assert all(np.array_equal(many[name], few[name]) for name in many)
-
-
-@pytest.mark.parametrize("policy", ["feedforward", "pid"])
-def test_the_manifest_says_where_they_are_from(tmp_path, policy):
-    args = bc.CollectArgs("x", policy=policy, episodes=2, action_noise=0.125, run_root=str(tmp_path))
-    file = bc.collect(args)
-    assert file == tmp_path / "datasets" / "x.npz"
-    manifest = json.loads(file.with_suffix(".json").read_text())
-    assert manifest["env_id"] == "LateralControl-v0"
-    assert manifest["env_kwargs"] == {"action_mode": "absolute" if policy == "pid" else "delta"}
-    assert manifest["collected_with"] == json.loads(json.dumps(asdict(args)))
-    assert manifest["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert (manifest["episodes"], manifest["steps"]) == (2, 800)
-    assert manifest["metrics"]["total_cost"] > 0
-    with np.load(file, allow_pickle=False) as arrays:
-        assert {name: arrays[name].dtype.kind for name in arrays} == {
-            "obs": "f", "action": "f", "played": "f", "reward": "f", "start": "i", "seed": "i", "returns": "f",
-            "successes": "b", "terminated": "b",
-        }  # fmt: skip
-
-
-def test_what_was_played_is_kept_beside_what_was_meant(tmp_path):
-    bc.collect(collect_home(str(tmp_path), episodes=24))
-    arrays, episodes = read(str(tmp_path), "home")
-    for episode in episodes:
-        moved = np.clip(arrays["played"][episode, 0], -0.05, 0.15)
-        np.testing.assert_allclose(np.diff(arrays["obs"][episode, 0]), moved[:-1], atol=1e-6)
-    assert np.abs(arrays["played"] - arrays["action"]).mean() > 0.01
-
-
-def test_only_successes_are_kept_on_demand(tmp_path):
-    """Far noise makes some episodes run out of time."""
+def test_only_successes_are_kept_but_all_episodes_are_charged():
+    """Large noise makes some episodes run out of time."""
     noisy = {"action_noise": 1.0, "episodes": 40}
-    bc.collect(collect_home(str(tmp_path), dataset="all", **noisy))
-    bc.collect(collect_home(str(tmp_path), dataset="good", only_successes=True, **noisy))
-    (every, episodes), (good, kept) = read(str(tmp_path), "all"), read(str(tmp_path), "good")
+    every, kept = collect("every", **noisy), collect("kept", only_successes=True, **noisy)
     succeeded = np.flatnonzero(every["successes"])
     assert 0 < len(succeeded) < 40
-    assert good["successes"].all()
-    assert good["seed"].tolist() == every["seed"][succeeded].tolist()
-    for ours, theirs in zip(kept, succeeded):
-        assert np.array_equal(good["obs"][ours], every["obs"][episodes[theirs]])
-    manifest = json.loads((tmp_path / "datasets" / "good.json").read_text())
-    assert (manifest["episodes"], manifest["success_rate"]) == (len(kept), 1.0)
-    assert manifest["played"] == {"episodes": 40, "env_steps": len(every["reward"])}  # what was left out was played too
+    assert kept["successes"].all()
+    assert kept["seed"].tolist() == every["seed"][succeeded].tolist()
+    for ours, theirs in zip(episodes_of(kept), succeeded):
+        assert np.array_equal(kept["obs"][ours], every["obs"][every.steps(theirs)])
+    assert (kept.manifest["episodes"], kept.manifest["success_rate"]) == (len(succeeded), 1.0)
+    assert kept.manifest["totals"] == {"episodes": 40, "env_steps": len(every["reward"])}
 
 
-def test_an_expert_that_never_succeeds_leaves_nothing(tmp_path):
-    with pytest.raises(UserError, match="zero succeeded in none of 4 episodes; leave --only-successes out"):
-        bc.collect(collect_home(str(tmp_path), policy="zero", episodes=4, action_noise=0.0, only_successes=True))
-    assert list((tmp_path / "datasets").iterdir()) == []
+def test_the_manifest_says_where_the_dataset_is_from():
+    file = bc.collect(bc.CollectArgs(dataset="x", policy="pid", episodes=2, action_noise=0.125))
+    manifest = json.loads(file.with_suffix(".json").read_text())
+    assert file == Path("runs/datasets/x.npz")
+    assert (manifest["env_id"], manifest["env_kwargs"]) == ("LateralControl-v0", {"action_mode": "absolute"})
+    assert (manifest["collected_with"]["policy"], manifest["collected_with"]["action_noise"]) == ("pid", 0.125)
+    assert manifest["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (manifest["episodes"], manifest["steps"], manifest["quality"]) == (2, 800, "draft")
+    assert manifest["metrics"]["total_cost"] > 0
+    assert collect("large", episodes=200).manifest["quality"] == "validated"
 
 
-@pytest.fixture(scope="module")
-def home_clone(root):
-    """The run of a clone on the home task, without its ONNX file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "export_onnx", lambda agent, obs_dim, path, *about: path.write_bytes(b"onnx"))
-        return bc.train(settings_of(root, epochs=5, learning_rate=1e-2, run_name="home_clone"))["run"]
+# Checks
 
 
-def test_a_policy_file_is_an_expert_and_a_parent(home_clone, tmp_path):
-    args = collect_home(str(tmp_path), policy=home_clone, env_id=None, action_noise=0.0, episodes=6)
-    manifest = json.loads(bc.collect(args).with_suffix(".json").read_text())
-    arrays, _ = read(str(tmp_path), "home")
-    clone, _ = bc.trained(home_clone)
-    assert manifest["env_id"] == "CloneHome-v0"
-    assert np.array_equal(arrays["action"], clone(arrays["obs"]))
-    file = run.Path(home_clone) / "best.pt"
-    (path, parent), *more = manifest["parents"].items()
-    assert more == []
-    assert (path, parent["sha256"]) == (str(file), run.sha256(file))
-    assert parent["config"]["script"] == "bc_pretrain"
-    assert parent["steps"] == 5
+def edited(name, index, value):
+    def edit(arrays):
+        arrays[name] = arrays[name].copy()
+        arrays[name][index] = value
 
-
-def test_with_dagger_the_clone_drives_every_other_row_and_the_expert_labels(home_clone, tmp_path):
-    bc.collect(collect_home(str(tmp_path), dagger=home_clone, action_noise=0.0, episodes=24, seeds=(3,)))
-    arrays, episodes = read(str(tmp_path), "home")
-    clone, _ = bc.trained(home_clone)
-    assert np.array_equal(arrays["action"], Straight()(arrays["obs"]))
-    for k, episode in enumerate(episodes):  # 24 episodes in as many rows
-        expected = clone(arrays["obs"][episode]) if k % 2 else arrays["action"][episode]
-        assert np.array_equal(arrays["played"][episode], expected)
-    manifest = json.loads((tmp_path / "datasets" / "home.json").read_text())
-    assert list(manifest["parents"]) == [str(run.Path(home_clone) / "best.pt")]
-
-
-def test_an_existing_name_is_refused(root):
-    before = run.dataset_file(settings_of(root)).read_bytes()
-    with pytest.raises(UserError, match=r"home\.npz exists; choose another --dataset"):
-        bc.collect(collect_home(root))
-    assert run.dataset_file(settings_of(root)).read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"episodes": 1}, "--episodes must be 2 or more"),
-        ({"action_noise": -0.1}, "--action-noise 0 or more"),
-        ({"action_noise": float("nan")}, "--action-noise"),
-        ({"threads": 0}, "--threads 1 or more"),
-        ({"seeds": ()}, "--seeds not empty"),
-        ({"seeds": (-1,)}, "--seeds"),
-        ({"seeds": (3, 3)}, "--seeds must differ"),
-        ({"policy": "runs/none.pt"}, r"runs/none\.pt: no such file"),
-        ({"dagger": "runs/none.pt"}, r"runs/none\.pt: no such file"),
-        ({"policy": "ik"}, "unknown policy 'ik': choose zero, straight"),
-        ({"policy": "missing.onnx"}, r"missing\.onnx: no such file"),
-        ({"env_id": "Homes-v0"}, "unknown environment 'Homes-v0'"),
-        ({"env_id": "CartPole-v1"}, "flat, bounded Box"),
-        ({"env_kwargs": {"colour": "red"}}, "no argument 'colour'"),
-        ({"env_kwargs": {"split": "test"}}, "split is not for --env-kwargs"),
-        ({"env_kwargs": {"training": True}}, "training is not for --env-kwargs"),
-        ({"env_id": "LateralControl-v0", "policy": "pid", "episodes": 700}, "of the train split, which has 600"),
-        (
-            {"env_id": "LateralControl-v0", "policy": "pid", "env_kwargs": {"action_mode": "delta"}},
-            "pid: is for action_mode absolute, not delta",
-        ),
-    ],
-)
-def test_recording_what_cannot_be_recorded(tmp_path, changes, message, monkeypatch):
-    """It is said before anything is played."""
-    step, calls = BatchEnv.step, []
-    monkeypatch.setattr(BatchEnv, "step", lambda self, action: calls.append(1) or step(self, action))
-    with pytest.raises(UserError, match=message) as error:
-        bc.collect(collect_home(str(tmp_path), **changes))
-    assert "\n" not in str(error.value)
-    assert not list(tmp_path.iterdir())
-    assert calls == []
-
-
-def test_a_residual_is_no_expert(tmp_path, home_clone):
-    policy = run.load(run.Path(home_clone) / "best.pt")
-    run.save(tmp_path / "residual.pt", {**policy, "kind": "residual"})
-    with pytest.raises(UserError, match="holds a residual, where a policy is needed"):
-        bc.collect(collect_home(str(tmp_path), policy=str(tmp_path / "residual.pt"), env_id=None))
-
-
-def test_an_expert_of_another_environment(tmp_path, home_clone):
-    with pytest.raises(UserError, match="a policy for CloneHome-v0, not Pendulum-v1; leave --env-id out"):
-        bc.collect(collect_home(str(tmp_path), policy=home_clone, env_id="Pendulum-v1"))
-    with pytest.raises(UserError, match="a policy for CloneHome-v0, not LateralControl-v0; give another"):
-        bc.collect(bc.CollectArgs("x", dagger=home_clone, episodes=2, run_root=str(tmp_path)))
-
-
-@given(total=st.integers(0, 1000), parts=st.integers(1, 20))
-def test_shares_are_equal_and_add_up(total, parts):
-    shares = bc.shared_out(total, parts)
-    assert len(shares) == parts
-    assert sum(shares) == total
-    assert max(shares) - min(shares) <= 1
-
-
-# Damaged demonstrations
-
-
-def damage(file, how):
-    """Leaves the demonstrations in a state that cannot be trained on."""
-    arrays, manifest = arrays_of(file), json.loads(file.with_suffix(".json").read_text())
-    content = file.read_bytes()
-    if how == "missing":
-        file.unlink()
-    elif how == "cut short":
-        file.write_bytes(content[: len(content) // 2])
-    elif how == "a byte changed":
-        with zipfile.ZipFile(file) as archive:
-            begin = archive.getinfo("action.npy").header_offset + 200
-        file.write_bytes(content[:begin] + bytes([content[begin] ^ 255]) + content[begin + 1 :])
-    elif how == "text":
-        file.write_text("not an archive")
-    elif how == "empty":
-        file.write_bytes(b"")
-    elif how == "objects":
-        np.savez(file, **{**arrays, "obs": np.array([{"a": 1}, None], dtype=object)})
-    elif how == "no action":
-        rewrite(file, {name: array for name, array in arrays.items() if name != "action"})
-    elif how == "too few actions":
-        rewrite(file, {**arrays, "action": arrays["action"][:-1]})
-    elif how == "flat observations":
-        rewrite(file, {**arrays, "obs": arrays["obs"][:, 0]})
-    elif how == "starts not in order":
-        rewrite(file, {**arrays, "start": arrays["start"][[0, 2, 1, *range(3, len(arrays["start"]))]]})
-    elif how == "starts beyond the end":
-        rewrite(file, {**arrays, "start": arrays["start"] + 1})
-    elif how == "nan":
-        arrays["obs"][7] = np.nan
-        rewrite(file, arrays)
-    elif how == "infinite action":
-        arrays["action"][7] = np.inf
-        rewrite(file, arrays)
-    elif how == "another recording":
-        np.savez(file, **{**arrays, "action": arrays["action"] / 2})
-    elif how == "quarantined":
-        file.with_suffix(".json").write_text(json.dumps({**manifest, "quality": "quarantined"}))
-    elif how == "one episode":
-        end = arrays["start"][1]
-        steps = {name: arrays[name][:end] for name in ("obs", "action", "played", "reward")}
-        episodes = {name: arrays[name][:1] for name in ("seed", "returns", "successes", "terminated")}
-        rewrite(file, {**steps, **episodes, "start": arrays["start"][:2]})
-    elif how == "empty episodes":
-        rewrite(file, {name: array[:0] for name, array in arrays.items()} | {"start": np.zeros(1, int)})
-    elif how == "no manifest":
-        file.with_suffix(".json").unlink()
-    elif how == "manifest not json":
-        file.with_suffix(".json").write_text("{")
-    elif how == "manifest a list":
-        file.with_suffix(".json").write_text("[]")
-    elif how == "another manifest":
-        file.with_suffix(".json").write_text(json.dumps({"args": {}}))
-    else:
-        file.with_suffix(".json").write_text(json.dumps({**manifest, "env_id": "Pendulum-v1", "env_kwargs": {}}))
-
-
-DAMAGES = {
-    "missing": r"home\.npz: no such demonstrations; record them",
-    "cut short": r"home\.npz: damaged .*; record it anew",
-    "a byte changed": r"home\.npz: damaged .*; record it anew",
-    "text": r"home\.npz: damaged .*; record it anew",
-    "empty": r"home\.npz: damaged .*; record it anew",
-    "objects": r"home\.npz: damaged .*; record it anew",
-    "no action": r"home\.npz: not demonstrations of this project; record them anew",
-    "too few actions": r"home\.npz: its arrays do not fit together",
-    "flat observations": r"home\.npz: its arrays do not fit together",
-    "starts not in order": r"home\.npz: its arrays do not fit together",
-    "starts beyond the end": r"home\.npz: its arrays do not fit together",
-    "another recording": r"home\.npz: something is wrong with it, and validate says what; record it anew",
-    "quarantined": r"home\.npz: something is wrong with it, and validate says what",
-    "one episode": r"home\.npz: one episode is too few",
-    "empty episodes": r"home\.npz: its arrays do not fit together",
-    "nan": r"home\.npz: something is wrong with it, and validate says what",
-    "infinite action": r"home\.npz: something is wrong with it, and validate says what",
-    "no manifest": r"home\.json, which says what it is, is missing",
-    "manifest not json": r"home\.json: not JSON",
-    "manifest a list": r"home\.json: must hold one JSON object",
-    "another manifest": r"home\.npz: not demonstrations of this project",
-    "of another environment": r"--dataset home: Pendulum-v1 now has other observations or actions; record it anew",
-}
-
-
-@pytest.mark.parametrize("how", DAMAGES)
-def test_damaged_demonstrations(root, tmp_path, how):
-    (tmp_path / "datasets").mkdir()
-    for suffix in (".npz", ".json"):
-        file = run.dataset_file(settings_of(root)).with_suffix(suffix)
-        (tmp_path / "datasets" / file.name).write_bytes(file.read_bytes())
-    damage(tmp_path / "datasets" / "home.npz", how)
-    with pytest.raises(UserError, match=DAMAGES[how]) as error:
-        bc.train(settings_of(str(tmp_path)))
-    assert "\n" not in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["datasets"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"epochs": 0}, "--epochs is out of range"),
-        ({"patience": 0}, "--patience is out of range"),
-        ({"minibatch_size": 0}, "--minibatch.size is out of range"),
-        ({"threads": 0}, "--threads is out of range"),
-        ({"learning_rate": 0.0}, "--learning.rate"),
-        ({"learning_rate": float("nan")}, "--learning.rate"),
-        ({"validation_share": 0.0}, "--validation.share"),
-        ({"validation_share": 1.0}, "--validation.share"),
-        ({"weight_decay": -1.0}, "--weight.decay"),
-        ({"hidden_sizes": (0,)}, "--hidden.sizes"),
-        ({"rays": 3}, "--rays"),
-        ({"gamma": 1.5}, "--gamma"),
-        ({"seed": -1}, "--seed"),
-        ({"eval_episodes": -1}, "--eval.episodes"),
-        ({"eval_episodes": 0}, "--eval-episodes 0 means all there are"),
-        ({"seed": 2**32}, "--seed"),
-        ({"init_log_std": float("nan")}, "--init.log.std"),
-        ({"env_id": "CartPole-v1", "env_kwargs": {}}, "flat, bounded Box|no argument"),
-        ({"env_id": "SO101Paper-v0"}, "SO101Paper-v0 now has other observations or actions"),
-        ({"env_kwargs": {"colour": "red"}}, "no argument 'colour'"),
-        ({"cnn_channels": (8, 8)}, "--cnn.channels"),
-        ({"dataset": "lateral", "env_kwargs": {"action_mode": "absolute"}}, "is for action_mode delta, not absolute"),
-        ({"env_kwargs": {"split": "test"}}, "split is not for --env-kwargs"),
-        ({"eval_env_kwargs": {"split": "test"}}, "split is not for --env-kwargs"),
-        ({"eval_env_kwargs": {"colour": "red"}}, "no argument 'colour'"),
-        ({"dataset": "other"}, r"other\.npz: no such demonstrations"),
-    ],
-)
-def test_training_that_cannot_work(root, tmp_path, changes, message):
-    settings = {"run_name": f"bad_{tmp_path.name}", **changes}
-    with pytest.raises(UserError, match=message) as error:
-        bc.train(settings_of(root, **settings))
-    assert "\n" not in str(error.value)
-    assert not (run.Path(root) / settings["run_name"]).exists()
-
-
-# Looking at demonstrations
-
-
-@pytest.fixture
-def copied(root, tmp_path):
-    """Demonstrations of the home task that a test may damage: their file."""
-    (tmp_path / "datasets").mkdir()
-    for suffix in (".npz", ".json"):
-        file = run.dataset_file(settings_of(root)).with_suffix(suffix)
-        (tmp_path / "datasets" / file.name).write_bytes(file.read_bytes())
-    return tmp_path / "datasets" / "home.npz"
-
-
-def validate(file):
-    return bc.validate(bc.ValidateArgs(file.stem, run_root=str(file.parents[1])))
-
-
-def test_sound_demonstrations_have_no_problem(copied, capsys):
-    assert validate(copied)
-    said = capsys.readouterr().out
-    assert "WRONG" not in said
-    assert said.count("ok ") == 10
-    assert "80 episodes of CloneHome-v0" in said
-    assert said.rstrip().endswith("draft")
+    return edit
 
 
 def shifted(*names):
-    """These arrays one step late, as in a pairing that is off by one."""
-
-    def shift(arrays):
-        return {**arrays, **{name: np.roll(arrays[name], 1, axis=0) for name in names}}
-
-    return shift
+    """These arrays are one step late, as pairs that are off by one."""
+    return lambda arrays: arrays.update({name: np.roll(arrays[name], 1, axis=0) for name in names})
 
 
-def changed(name, index, value):
-    def change(arrays):
-        array = arrays[name].copy()
-        array[index] = value
-        return {**arrays, name: array}
-
-    return change
-
-
-def twice(arrays):
-    """The first episode again at the end."""
-    end = arrays["start"][1]
-    steps = {name: np.concatenate([arrays[name], arrays[name][:end]]) for name in ("obs", "action", "played", "reward")}
-    names = ("seed", "returns", "successes", "terminated")
-    episodes = {name: np.concatenate([arrays[name], arrays[name][:1]]) for name in names}
-    return {**steps, **episodes, "start": np.append(arrays["start"], arrays["start"][-1] + end)}
+def rewrite(edit, keep_hash=False):
+    """Edit the arrays of the dataset. Unless keep_hash, the manifest has the hash of the new file."""
+    file = Path("runs/datasets/home.npz")
+    with np.load(file) as content:
+        arrays = dict(content)
+    edit(arrays)
+    np.savez(file, **arrays)
+    if not keep_hash:
+        edit_manifest(sha256=evaluation.sha256(file))
 
 
-@pytest.mark.parametrize(
-    ("change", "check", "wrong"),
-    [
-        (changed("obs", 7, np.nan), "observations are finite", "not so in step 7"),
-        (changed("action", 7, np.inf), "actions and rewards are finite", "action is not in step 7"),
-        (changed("reward", 7, np.nan), "actions and rewards are finite", "reward is not in step 7"),
-        (changed("action", 7, 0.2), "actions lie inside their bounds", "1 of "),
-        (changed("action", 7, -0.2), "actions lie inside their bounds", "1 of "),
-        (changed("reward", 7, -5.0), "rewards add up to the returns", "not in episode 1"),
-        (changed("successes", slice(None), False), "the manifest's figures", "it is 0.000"),
-        (shifted("action"), "actions differ from what was played by the noise alone", "of half the range, not 0.250"),
-        (
-            shifted("action", "played"),
-            "episodes are played again as they were",
-            "not in episode 0: another reward in step 0",
-        ),
-        (shifted("obs"), "episodes are played again as they were", "other observations from step 0 on"),
-        (changed("reward", 2, -0.5), "episodes are played again as they were", "another reward in step 2"),
-        (twice, "no episode is there twice", "1 seeds appear more than once, such as \\[3, 0\\]"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:invalid value encountered")
-def test_what_is_wrong_is_found_and_noted(copied, capsys, change, check, wrong):
-    rewrite(copied, change(arrays_of(copied)))
-    assert not validate(copied)
-    said = capsys.readouterr().out
-    assert re.search(f"WRONG  {check}.*: .*{wrong}", said), said
-    assert json.loads(copied.with_suffix(".json").read_text())["quality"] == "quarantined"
+def edit_manifest(**changes):
+    file = Path("runs/datasets/home.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_a_file_that_was_replaced_is_found(copied, capsys):
-    np.savez(copied, **arrays_of(copied))
-    assert not validate(copied)
-    assert "WRONG  the file is the one that the manifest describes: its sha256 is not" in capsys.readouterr().out
+REPLAY = "episodes replay from their seeds"
+NOISE = "executed actions differ by the noise"
+CORRUPTED = {
+    "wide": (
+        lambda arrays: arrays.update(obs=arrays["obs"].repeat(2, 1)),
+        "shapes fit the environment: they are .*, not .*",
+    ),
+    "nan": (edited("obs", 7, np.nan), "numbers are finite: not in obs"),
+    "inf": (edited("action", 7, np.inf), "numbers are finite: not in action"),
+    "above": (edited("action", 7, 0.2), "actions are within their bounds: 1 are not"),
+    "shifted action": (shifted("action"), rf"{NOISE}: by 0\.\d+, not 0\.250"),
+    "shifted pairs": (shifted("action", "executed_action"), f"{REPLAY}: the reward differs in episode 0, step 0"),
+    "shifted obs": (shifted("obs"), f"{REPLAY}: obs differs in episode 0, step 0"),
+    "reward": (edited("reward", 2, -0.5), f"{REPLAY}: the reward differs in episode 0, step 2"),
+    "seed": (edited("seed", 2, 9), f"{REPLAY}: obs differs in episode 2, step 0"),
+    "returns": (edited("returns", 50, 0), "rewards add up to the returns: not in episode 50"),
+    "duplicated": (edited("seed", 70, [3, 0]), r"seeds are unique: \[3, 0\] is not"),
+}
 
 
-def test_enough_episodes_without_problems_are_validated(tmp_path):
-    manifest = json.loads(bc.collect(collect_home(str(tmp_path), episodes=200)).with_suffix(".json").read_text())
-    assert manifest["quality"] == "validated"
+@pytest.mark.parametrize("name", CORRUPTED)
+def test_the_checks_find_what_is_wrong(capsys, name):
+    edit, message = CORRUPTED[name]
+    rewrite(edit)
+    assert not bc.validate(bc.ValidateArgs(dataset="home"))
+    assert re.search(f"^FAILED +{message}$", capsys.readouterr().out, re.MULTILINE)
+    assert read("home").manifest["quality"] == "quarantined"
 
 
-def test_an_episode_is_shown_again_as_it_was(root, monkeypatch, capsys):
-    """Its actions, noise and all, from its seed."""
-    rewards = []
-
-    class Film:
-        def __init__(self, vec, path):
-            assert path == run.Path(root) / "datasets" / "home_50.mp4"
-
-        def __call__(self, playing, reward, terminated, done):
-            rewards.append(reward[0])
-
-    monkeypatch.setattr(demonstrations, "Film", Film)
-    monkeypatch.setattr(command, "require_extras", lambda given: None)
-    arrays, episodes = read(root, "home")
-    bc.inspect(bc.InspectArgs("home", episode=50, video=True, run_root=root))
-    assert np.array_equal(np.float32(rewards), arrays["reward"][episodes[50]])
-    assert f"episode 50: {len(rewards)} steps" in capsys.readouterr().out
+def test_the_exit_status_of_validate_says_whether_all_checks_pass(command):
+    assert command("validate home") == (0, [])
+    assert read("home").manifest["quality"] == "draft"
+    rewrite(lambda arrays: None, keep_hash=True)  # np.savez does not compress
+    assert command("validate home") == (1, [])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"episode": 80}, "--episode must be from 0 to 79, not 80"),
-        ({"video": True}, "--video and --render show one episode"),
-        ({"episode": 1, "video": True, "render": "human"}, "--render human and --video exclude each other"),
-        ({"dataset": "none"}, r"none\.npz: no such demonstrations; record them with collect"),
-    ],
-)
-def test_looking_at_what_is_not_there(root, changes, message):
-    with pytest.raises(UserError, match=message):
-        bc.inspect(bc.InspectArgs(**{"dataset": "home", "run_root": root, **changes}))
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:-1000])
 
 
-def test_statistics_are_those_of_the_arrays(root, capsys):
-    bc.inspect(bc.InspectArgs("home", run_root=root))
-    said, (arrays, _) = capsys.readouterr().out, read(root, "home")
-    assert f"{arrays['successes'].sum()} successes" in said
-    assert f"action 0: mean {arrays['action'].mean():.3f}" in said
+def flip_byte(file):
+    content = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as archive:
+        content[archive.getinfo("action.npy").header_offset + 200] ^= 255
+    file.write_bytes(content)
 
 
-@settings(deadline=None)
-@given(data=st.data())
-def test_episodes_come_out_as_they_went_in(tmp_path_factory, data):
-    """Whatever their lengths, the order in which they end, and the size of the pieces that they are read in."""
-    lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=8))
-    order = data.draw(st.permutations(range(len(lengths))))
-    left_out = data.draw(st.sets(st.sampled_from(range(len(lengths)))))
-    episodes = [
-        {
-            "obs_a": np.random.default_rng(k).normal(size=(n, 3)).astype(np.float32),
-            "obs_b": np.full((n, 2, 2), k, np.uint8),
-            **{name: np.full((n, 1), k, np.float32) for name in ("action", "played")},
-            "reward": np.arange(n, dtype=np.float32),
-        }
-        for k, n in enumerate(lengths)
-    ]
-    kept = [episode for k, episode in enumerate(episodes) if k not in left_out]
-    if not kept:
-        return
-    file = tmp_path_factory.mktemp("written") / "x.npz"
-    with demonstrations.Writer(file) as writer:
-        for k in order:
-            writer.add(k, None if k in left_out else episodes[k])
-        m = len(kept)
-        ended = {name: np.zeros(m, bool) for name in ("successes", "terminated")}
-        writer.finish(seed=np.zeros((m, 2), int), returns=np.zeros(m), **ended)
-    assert [path.name for path in file.parent.iterdir()] == ["x.npz"]
-    run.write_json(file.with_suffix(".json"), {"env_id": "", "env_kwargs": {}, "sha256": ""})
-    found = demonstrations.Demonstrations(file)
-    assert np.array_equal(found.start, np.cumsum([0, *(len(e["reward"]) for e in kept)]))
-    assert np.array_equal(found.action, np.concatenate([e["action"] for e in kept]))
-    chunks = list(found.chunks(data.draw(st.integers(1, 9))))
-    for name in ("a", "b"):
-        whole = np.concatenate([chunk[name] for chunk in chunks])
-        assert np.array_equal(whole, np.concatenate([e[f"obs_{name}"] for e in kept]))
+def replaced(name, change):
+    return lambda file: rewrite(lambda arrays: arrays.update({name: change(arrays[name])}))
 
 
-# Cloning
+DAMAGED = {
+    "missing": (Path.unlink, r"home\.npz: no such file; collect the dataset"),
+    "cut short": (cut_short, r"home\.npz: damaged or not a dataset .*; collect it again"),
+    "flipped byte": (flip_byte, r"home\.npz: damaged or not a dataset .*; collect it again"),
+    "objects": (replaced("obs", lambda x: x.astype(object)), r"home\.npz: damaged or not a dataset .*allow_pickle"),
+    "no action": (
+        lambda file: rewrite(lambda arrays: arrays.pop("action")),
+        r"home\.npz: damaged or not a dataset .*'action'",
+    ),
+    "short action": (replaced("action", lambda x: x[1:]), r"damaged or not a dataset .*action has length"),
+    "order": (replaced("episode_starts", lambda x: x[::-1]), r"damaged .*episode_starts does not increase from 0"),
+    "other file": (lambda file: rewrite(lambda x: None, True), r"does not pass its checks, see validate; collect it"),
+    "quarantined": (lambda file: edit_manifest(quality="quarantined"), r"does not pass its checks, see validate"),
+    "first edition": (lambda file: edit_manifest(played={}), r"home\.npz: made by the first edition; collect it again"),
+    "not json": (lambda file: Path("runs/datasets/home.json").write_text("{"), r"home\.json: cannot be read as a JSON"),
+    "module": (lambda file: edit_manifest(env_id="spy:X"), r"home\.json: would import the module spy; if you trust it"),
+    "other env": (lambda file: edit_manifest(env_id="Pendulum-v1"), r"its shapes do not fit Pendulum-v1: they are"),
+}
 
 
-@given(
-    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=30), share=st.floats(0.01, 0.99), seed=st.integers(0, 99)
-)
-def test_whole_episodes_train_or_validate(lengths, share, seed):
-    start = np.cumsum([0, *lengths])
-    trains, validates = bc.split_episodes(start, share, seed)
-    assert sorted([*trains, *validates]) == list(range(sum(lengths)))
-    episode = np.repeat(np.arange(len(lengths)), lengths)
-    held_out = set(episode[validates])
-    assert held_out.isdisjoint(episode[trains])
-    assert len(held_out) >= 1
-    assert len(trains) >= 1
-    assert abs(len(held_out) - share * len(lengths)) <= 1
+@pytest.mark.parametrize("name", DAMAGED)
+def test_training_on_a_damaged_dataset(refused, name):
+    damage, message = DAMAGED[name]
+    damage(Path("runs/datasets/home.npz"))
+    refused("train --dataset home", message)
 
 
-def toy_problem(norm_obs=True, loss="mse"):
-    """Actions that are linear in observations, with noise of deviation .1, in the Gaussian's own units."""
+COLLECT = "collect --dataset x --env-id CloneHome-v0 --policy straight "
+ERRORS = {
+    COLLECT + "--episodes 1": r"--seeds must be different, and --episodes at least 2 and one per seed",
+    COLLECT + "--seeds 5000000000": r"--seed must be from 0 to 4\.29497e\+09, not 5000000000",
+    COLLECT + "--action-noise nan": r"--action-noise must be 0 or more, not nan",
+    COLLECT + "--policy missing.pt": r"missing\.pt: no such file; give a \.pt file",
+    COLLECT + "--policy ik": r"unknown policy 'ik'; choose zero, straight",
+    COLLECT + "--dagger-policy missing.pt": r"missing\.pt: no such file; give a \.pt file",
+    COLLECT + "--dataset home": r"home\.npz exists; choose another --dataset name, or remove it",
+    COLLECT + "--policy runs/clone --env-id Pendulum-v1": r"a policy for CloneHome-v0, not Pendulum-v1; change --e",
+    COLLECT + "--policy zero --env-id CartPole-v1": r"actions must be a Box of floats, not Discrete\(2\)",
+    "collect --dataset x --policy pid --episodes 700": r"the train split has 600 episodes, not 700; ask for fewer",
+    "collect --dataset x --policy pid --env-kwargs action_mode delta": r"pid: is for action_mode absolute, not delta",
+    "train --dataset home --epochs 0": r"--epochs must be from 1 to 16384, not 0",
+    "train --dataset home --minibatch-size 0": r"--minibatch-size must be 1 or more, and --val-fraction below 1",
+    "train --dataset home --eval-episodes 0": r"0 evaluation episodes means all, but CloneHome-v0 has an unlimited",
+    "train --dataset home --env-id SO101Paper-v0": r"home\.npz: its shapes do not fit SO101Paper-v0: they are",
+    "train --dataset home --run-name clone": r"clone exists; choose another --run-name",
+    "train --dataset home --config missing.json": r"missing\.json: cannot be read as a JSON object",
+    "inspect home --episode 80": r"--episode must be from 0 to 79, not 80",
+    "inspect home --video": r"--video and --render show one episode; choose it with --episode",
+    "inspect home --episode 1 --video --render human": r"--video and --render exclude each other; leave one out",
+    "validate none": r"none\.npz: no such file; collect the dataset",
+}
+
+
+@pytest.mark.parametrize("line", ERRORS)
+def test_user_error(refused, line):
+    refused(line, ERRORS[line])
+
+
+def test_an_episode_is_replayed_as_it_was(monkeypatch, capsys):
+    """Noise included, from its seed."""
+    videos = []
+    monkeypatch.setattr(evaluation.VideoRecorder, "save", lambda self, path: videos.append((path, self.frames)))
+    monkeypatch.setattr(demonstrations, "find_spec", lambda package: package)
+    dataset = read("home")
+    bc.inspect(bc.InspectArgs(dataset="home", episode=50, video=True))
+    ((path, frames),) = videos
+    assert path == Path("runs/datasets/home_50.mp4")
+    assert np.array_equal(np.float32(frames), dataset["obs"][dataset.steps(50)])
+    assert f"episode 50: {len(frames)} steps, seed [ 4 50]" in capsys.readouterr().out
+
+
+# Formulas
+
+
+def test_split_keeps_episodes_whole():
+    rng = np.random.default_rng(0)
+    for seed in range(100):
+        lengths = rng.integers(1, 10, size=rng.integers(2, 30))
+        fraction = rng.uniform(0.01, 0.99)
+        train_idx, val_idx = bc.split_episodes(np.cumsum([0, *lengths]), fraction, seed)
+        assert sorted([*train_idx, *val_idx]) == list(range(lengths.sum()))
+        episode = np.repeat(np.arange(len(lengths)), lengths)
+        held_out = set(episode[val_idx])
+        assert held_out.isdisjoint(episode[train_idx])
+        assert 1 <= len(held_out) < len(lengths)
+        assert abs(len(held_out) - fraction * len(lengths)) <= 1
+
+
+def test_returns_to_go_are_discounted_sums():
+    """A truncated episode goes on for ever with its mean reward, a terminated one with zeros."""
+    rng, gamma, starts, terminated = np.random.default_rng(0), 0.9, np.array([0, 4, 5, 12]), np.array([1, 0, 0], bool)
+    reward = rng.normal(size=12)
+    returns = bc.returns_to_go(reward, starts, terminated, gamma)
+    for start, end, is_terminal in zip(starts, starts[1:], terminated):
+        tail = np.full(500, 0.0 if is_terminal else reward[start:end].mean())
+        for t in range(start, end):
+            rewards = np.append(reward[t:end], tail)
+            assert returns[t] == pytest.approx(np.sum(gamma ** np.arange(len(rewards)) * rewards))
+
+
+def toy_problem(loss="mse", **settings):
+    """Actions linear in the observations with noise of standard deviation 0.1, and returns linear in them."""
     torch.manual_seed(0)
-    args = bc.Args("none", loss=loss, norm_obs=norm_obs, hidden_sizes=(32,), minibatch_size=64)
-    bound = np.ones(2, np.float32)
-    agent = bc.Agent(3, -bound, bound, args)
+    args = bc.Args(dataset="none", loss=loss, norm_obs=True, hidden_sizes=(32,), minibatch_size=60, **settings)
+    agent = bc.Agent(3, -np.ones(2, np.float32), np.ones(2, np.float32), args)
     obs = 5 + 2 * torch.randn(512, 3)
     mean = 0.2 * (obs - 5) @ torch.tensor([[1.0, 0.0], [0.5, -1.0], [0.0, 1.0]])
-    if norm_obs:
-        agent.normalizer.update(obs)
-    return agent, args, obs, mean + 0.1 * torch.randn(512, 2)
+    agent.normalizer.update(obs)
+    returns = (obs - 5) @ torch.tensor([0.2, 0.1, -0.1])
+    return agent, args, {"obs": obs, "action": mean + 0.1 * torch.randn(512, 2), "returns": returns}
 
 
-@pytest.mark.parametrize("norm_obs", [True, False])
-@pytest.mark.parametrize("loss", ["mse", "nll"])
-def test_either_loss_falls_and_only_nll_learns_the_deviation(loss, norm_obs):
-    agent, args, obs, action = toy_problem(norm_obs, loss)
-    before = bc.bc_loss(agent, args, obs, action).item()
+def fit(agent, args, data, epochs=60):
     optimizer = torch.optim.AdamW(agent.parameters(), lr=3e-3)
-    for _ in range(60):
-        bc.fit_epoch(agent, optimizer, args, (obs, action, torch.zeros(len(obs))))
-    after = bc.bc_loss(agent, args, obs, action).item()
-    with torch.no_grad():
-        error = (agent.actor(agent.normalizer(obs)) - action).square().mean().sqrt()
-    assert after < (0.3 * before if loss == "mse" else before - 1)
-    assert error < 0.2
-    if loss == "mse":
-        assert agent.log_std.tolist() == [-0.5, -0.5]
-    else:
-        assert ((agent.log_std.exp() > 0.07) & (agent.log_std.exp() < 0.25)).all()
+    return [bc.train_epoch(agent, optimizer, data, args) for _ in range(epochs)]
 
 
+@torch.no_grad()
 def test_losses_by_hand():
-    agent, args, obs, action = toy_problem()
-    with torch.no_grad():
-        mean = agent.actor(agent.normalizer(obs))
-        mse = ((mean - action) ** 2).sum(1).mean()
-        normal = torch.distributions.Normal(mean, agent.log_std.exp())
-        assert bc.bc_loss(agent, args, obs, action) == pytest.approx(mse.item(), rel=1e-5)
-        nll = bc.bc_loss(agent, replace(args, loss="nll"), obs, action)
-        assert nll == pytest.approx(-normal.log_prob(action).sum(1).mean().item(), rel=1e-5)
+    agent, args, data = toy_problem()
+    mean = agent.actor((data["obs"] - data["obs"].mean(0)) / data["obs"].std(0, correction=0))
+    assert bc.bc_loss(agent, data, args) == pytest.approx(((mean - data["action"]) ** 2).sum(1).mean().item(), rel=1e-4)
+    normal = torch.distributions.Normal(mean, agent.log_std.exp())
+    expected = -normal.log_prob(data["action"]).sum(1).mean().item()
+    assert bc.bc_loss(agent, data, replace(args, loss="nll")) == pytest.approx(expected, rel=1e-4)
 
 
-def test_returns_to_go_by_hand():
-    reward, start = np.array([1.0, 2.0, 4.0, 8.0, 16.0]), np.array([0, 3, 5])
-    # the second one was cut off: it goes on with its mean of 12, which is worth 12 / (1 - .5)
-    expected = [1 + 1 + 1, 2 + 2, 4, 8 + 0.5 * (16 + 0.5 * 24), 16 + 0.5 * 24]
-    assert bc.returns_to_go(reward, start, np.array([True, False]), 0.5).tolist() == expected
+def test_both_losses_fit_the_mean_and_only_nll_the_standard_deviation():
+    for loss in ("mse", "nll"):
+        agent, args, data = toy_problem(loss)
+        fit(agent, args, data)
+        with torch.no_grad():
+            error = (agent.action_mean(data["obs"]) - data["action"]).square().mean().sqrt()
+        assert 0.07 < error < 0.2
+        if loss == "mse":
+            assert agent.log_std.tolist() == [-0.5, -0.5]
+        else:
+            assert ((agent.log_std.exp() > 0.07) & (agent.log_std.exp() < 0.25)).all()
 
 
-@pytest.mark.parametrize("critic", [True, False])
-def test_the_critic_learns_what_the_actions_led_to_and_moves_nothing_else(critic):
-    """The actor's weights are the same to the last bit whether the critic learns or not."""
-    agent, args, obs, action = toy_problem()
+def test_the_critic_learns_the_returns_and_leaves_the_actor_as_it_is():
+    """The actor's weights are equal bit for bit with and without the critic."""
+    agent, args, data = toy_problem()
     alone = deepcopy(agent)
-    target = (obs - 5) @ torch.tensor([0.2, 0.1, -0.1])
-    for one, learns in ((agent, critic), (alone, False)):
+    for one, critic in ((agent, True), (alone, False)):
         torch.manual_seed(1)
-        optimizer = torch.optim.AdamW(one.parameters(), lr=3e-3)
-        for _ in range(40):
-            bc.fit_epoch(one, optimizer, replace(args, critic=learns), (obs, action, target))
+        fit(one, replace(args, critic=critic), data, epochs=40)
     assert all(torch.equal(x, y) for x, y in zip(agent.actor.parameters(), alone.actor.parameters()))
     with torch.no_grad():
-        error = (agent.value(obs) - target).square().mean() / target.square().mean()
-    assert error < 0.1 if critic else error > 0.5
+        ours, theirs = ((one.value(data["obs"]) - data["returns"]).square().mean() for one in (agent, alone))
+    assert ours < 0.1 * data["returns"].square().mean() < 0.5 * theirs
 
 
-def test_an_epoch_sees_every_pair_once(monkeypatch):
-    agent, args, obs, action = toy_problem()
-    seen = []
-
-    def loss(agent, args, obs, action):
-        seen.append(torch.cat([obs, action], dim=1))
-        return agent.log_std.sum()
-
-    monkeypatch.setattr(bc, "bc_loss", loss)
-    bc.fit_epoch(agent, torch.optim.AdamW(agent.parameters()), args, (obs, action, torch.zeros(len(obs))))
-    pairs = torch.cat([obs, action], dim=1)
-    assert {len(part) for part in seen} == {64}
-    assert sorted(torch.cat(seen).tolist()) == sorted(pairs.tolist())
-    assert not torch.equal(torch.cat(seen), pairs)
+def test_training_data_are_scaled():
+    dataset, args = bc.load_dataset(train_args())
+    agent = bc.make_clone(make_vec("CloneHome-v0", 1), args)
+    data = bc.training_data(agent, dataset, args)
+    assert np.array_equal(data["obs"], dataset["obs"])
+    np.testing.assert_allclose(data["action"], (dataset["action"] - 0.05) / 0.1, atol=1e-6)
+    np.testing.assert_allclose(agent.scale_action(data["action"]), dataset["action"], atol=1e-7)
+    returns = bc.returns_to_go(dataset["reward"], dataset["episode_starts"], dataset["terminated"], args.gamma)
+    np.testing.assert_allclose(data["returns"], returns / returns.std(), rtol=1e-5)
 
 
-def play(policy, root):
-    args = replace(settings_of(root, eval_episodes=100), env_id="CloneHome-v0")
-    return rollout.evaluate(policy, args, "test")["mean_return"]
+# Training
 
 
-def test_a_clone_does_as_its_expert(root, fake_onnx):
+def load_clone(path, env_id="CloneHome-v0"):
+    checkpoint = evaluation.read_policy(path)
+    return evaluation.load_script(checkpoint["script"]).load_policy(checkpoint, make_vec(env_id, 1))
+
+
+def test_a_clone_acts_like_its_expert():
     """At least 90 % of the way from doing nothing to the expert, on unseen starts."""
-    args = settings_of(root, epochs=50, patience=50, learning_rate=1e-2, run_name="long")
-    summary = bc.train(args)
-    policy = run.load_policy(summary["run"], kind="policy")
-    vec = envs.make_vec("CloneHome-v0", 1)
-    agent = bc.make_agent(vec, replace(args, norm_obs=True))
-    run.load_agent(agent, policy, replace(args, env_id="CloneHome-v0"), "")
-    clone = rollout.Deployed(agent)
-    nothing, ours, expert = (play(p, root) for p in (rollout.Zero(1), clone, Straight()))
-    assert nothing + 0.9 * (expert - nothing) < ours <= expert + 0.1
+    bc.train(train_args(epochs=50, patience=50, learning_rate=1e-2))
+    clone, expert = load_clone("runs/run"), StraightHome()
+    args = train_args(eval_episodes=100, env_id="CloneHome-v0")
+    nothing, ours, best = (
+        evaluation.evaluate(policy, args)["mean_return"] for policy in (evaluation.ZeroPolicy(1), clone, expert)
+    )
+    assert nothing + 0.9 * (best - nothing) < ours <= best + 0.1
     obs = np.linspace(-1, 1, 50, dtype=np.float32)[:, None]
-    assert np.abs(clone(obs) - Straight()(obs)).max() < 0.05
-    rows = run.read_progress(run.run_folder(summary["run"]) / "progress.csv")
-    assert float(rows[-1]["validation/loss"]) < 0.1 * float(rows[0]["validation/loss"])
+    assert np.abs(clone(obs) - expert(obs)).max() < 0.05
 
 
-def test_the_normaliser_is_that_of_the_training_episodes_and_is_saved(root, tmp_path, fake_onnx):
-    name = f"normal_{tmp_path.name}"
-    bc.train(settings_of(root, run_name=name))
-    arrays, _ = read(root, "home")
-    trains, _ = bc.split_episodes(arrays["start"], 0.1, 1)
-    agent = run.load(run.Path(root) / name / "best.pt")["agent"]
-    assert agent["normalizer.count"] == len(trains)
-    assert agent["normalizer.mean"].numpy() == pytest.approx(arrays["obs"][trains].mean(0), rel=1e-4)
-    assert agent["normalizer.var"].numpy() == pytest.approx(arrays["obs"][trains].var(0), rel=1e-4)
-    assert arrays["obs"].mean(0) != pytest.approx(arrays["obs"][trains].mean(0), rel=1e-4)
-    without = f"plain_{tmp_path.name}"
-    bc.train(settings_of(root, run_name=without, norm_obs=False))
-    assert not any("normalizer" in key for key in run.load(run.Path(root) / without / "best.pt")["agent"])
+def test_the_normalizer_has_the_statistics_of_the_training_episodes():
+    dataset, agent = read("home"), evaluation.read_pt("runs/clone/best.pt")["agent"]
+    train_idx, _ = bc.split_episodes(dataset["episode_starts"], 0.1, 1)
+    obs = dataset["obs"][train_idx]
+    assert agent["normalizer.count"] == len(train_idx)
+    assert agent["normalizer.mean"].numpy() == pytest.approx(obs.mean(0), rel=1e-4)
+    assert agent["normalizer.var"].numpy() == pytest.approx(obs.var(0), rel=1e-4)
+    assert dataset["obs"].mean(0) != pytest.approx(obs.mean(0), rel=1e-4)
 
 
-def test_the_best_epoch_is_kept_and_patience_ends_the_rest(root, tmp_path, monkeypatch, fake_onnx):
-    """An epoch that makes things worse each time, but for the second."""
+def test_early_stopping_keeps_the_best_epoch(monkeypatch):
+    """Every epoch is worse than the one before, but for the second."""
     epochs = []
 
-    def worse(agent, optimizer, args, data):
+    def worse(agent, optimizer, data, args):
         epochs.append(len(epochs) + 1)
         with torch.no_grad():
-            agent.actor[-1].bias.fill_({1: 3.0, 2: 2.0}.get(len(epochs), 1.0 + len(epochs)))
+            agent.actor[-1].bias.fill_({1: 0.3, 2: 0.2}.get(len(epochs), 0.1 * len(epochs) + 0.1))
         return 1.0
 
-    monkeypatch.setattr(bc, "fit_epoch", worse)
-    folder = run.Path(root) / f"patience_{tmp_path.name}"
-    summary = bc.train(settings_of(root, run_name=folder.name, epochs=20, patience=3))
+    monkeypatch.setattr(bc, "train_epoch", worse)
+    summary, best = bc.train(train_args(epochs=20, patience=3)), evaluation.read_pt("runs/run/best.pt")
     assert epochs == [1, 2, 3, 4, 5]
-    assert summary["best"]["step"] == 2
-    best = run.load(folder / "best.pt")
-    assert best["step"] == 2
-    assert best["agent"]["actor.2.bias"].tolist() == [2.0]
-    assert len(run.read_progress(folder / "progress.csv")) == 5
+    assert (summary["steps"], summary["best"]["step"], best["step"]) == (5, 2, 2)
+    assert best["agent"]["actor.2.bias"].item() == pytest.approx(0.2)
+    ((epoch, mean_return),) = [(one["step"], one["mean_return"]) for one in lines(Path("runs/run/evaluations.jsonl"))]
+    expected = evaluation.evaluate(load_clone("runs/run"), train_args(env_id="CloneHome-v0"), "validation")
+    assert (epoch, mean_return) == (5, expected["mean_return"])  # of the best epoch, at the end
 
 
-def test_a_clone_that_is_interrupted_says_so_and_does_not_offer_to_resume(root, tmp_path, monkeypatch, capsys):
+def test_a_signal_makes_the_epoch_the_last_one(command, monkeypatch):
+    """Cloning cannot be resumed, so the run is completed with its best epoch."""
+    train_epoch, epochs = bc.train_epoch, []
+
     def interrupted(*args):
-        raise run.Interrupted(signal.SIGTERM)
+        epochs.append(len(epochs) + 1)
+        if len(epochs) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_epoch(*args)
 
-    monkeypatch.setattr(bc, "fit_epoch", interrupted)
-    folder = run.Path(root) / f"interrupted_{tmp_path.name}"
-    with pytest.raises(run.Interrupted):
-        bc.train(settings_of(root, run_name=folder.name))
-    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
-    assert "--resume" not in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def clone(root):
-    """The directory of a clone for LateralControl-v0, ONNX file and all."""
-    args = bc.Args("lateral", epochs=2, hidden_sizes=(8,), eval_episodes=2, run_root=root, run_name="clone")
-    return args, bc.train(args)
+    monkeypatch.setattr(bc, "train_epoch", interrupted)
+    status, _ = command("train --dataset home --epochs 20 --eval-episodes 2 --run-name run")
+    assert (status, epochs) == (0, [1, 2])
+    assert_complete(Path("runs/run"), steps=2)
+    assert not Path("runs/run/interrupted.pt").exists()
 
 
-def test_a_clone_leaves_a_whole_run(clone):
-    args, summary = clone
-    folder = run.Path(summary["run"])
-    names = {path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("events")}
+def assert_complete(folder, steps):
+    names = {path.name for path in folder.iterdir()}
     assert names >= {"config.json", "summary.json", "progress.csv", "evaluations.jsonl", "best.pt", "policy.onnx"}
-    assert summary["status"] == "completed"
-    assert summary["best"]["metrics"]["total_cost"] > 0
-    config = json.loads((folder / "config.json").read_text())
-    assert config["env_id"] == "LateralControl-v0"
-    file = run.dataset_file(args)
-    assert config["parents"][str(file)]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    best = run.load_policy(str(folder), kind="policy")
-    assert set(best) == set(run.POLICY_KEYS)
-    assert best["env_kwargs"] == {"action_mode": "delta"}
+    summary, config = (json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "config"))
+    assert (summary["status"], summary["steps"]) == ("completed", steps)
+    assert summary["best"]["mean_return"] == lines(folder / "evaluations.jsonl")[-1]["mean_return"]
+    assert len((folder / "progress.csv").read_text().splitlines()) == steps + 1
+    assert set(evaluation.read_pt(folder / "best.pt")) == set(run.POLICY_KEYS)
+    ((path, dataset),) = config["parents"].items()
+    assert dataset["sha256"] == evaluation.sha256(path)
+    assert dataset["config"]["totals"]["env_steps"] > 0
 
 
-def test_the_exported_clone_is_the_best_one(clone, root):
-    folder = run.Path(clone[1]["run"])
-    obs = read(root, "lateral")[0]["obs"][:64]
-    args = replace(clone[0], env_id="LateralControl-v0", norm_obs=False)
-    agent = bc.make_agent(LateralControl(), args)
-    run.load_agent(agent, run.load(folder / "best.pt"), args, "")
-    action = onnxruntime.InferenceSession(str(folder / "policy.onnx")).run(["action"], {"obs": obs})[0]
-    np.testing.assert_allclose(action, agent(torch.as_tensor(obs)).detach(), rtol=0, atol=1e-5)
+def test_config_and_dry_run(command):
+    """Flags override the file, and the file the defaults of the environment."""
+    Path("mine.json").write_text(json.dumps({"dataset": "home", "hidden_sizes": [8], "gamma": 0.5, "epochs": 7}))
+    line = "train --config mine.json --gamma 0.6 --run-name"
+    assert command(f"{line} tried --dry-run")[0] == 0
+    assert_complete(Path("runs/tried"), steps=1)
+    args = json.loads(Path("runs/tried/config.json").read_text())["args"]
+    assert (args["hidden_sizes"], args["gamma"], args["norm_obs"], args["epochs"]) == ([8], 0.6, True, 1)
+    assert command("train --config runs/tried/config.json --epochs 2 --run-name run")[0] == 0
+    assert_complete(Path("runs/run"), steps=2)
 
 
-def test_ppo_goes_on_from_a_clone(clone, tmp_path, fake_onnx, monkeypatch):
-    """With nothing but --pretrained and the sizes of its layers: all else that must match is tuned to."""
-    seen, learn = [], ppo_continuous.learn
-
-    def spy(agent, *args, **kwargs):
-        seen.append({name: x.clone() for name, x in agent.state_dict().items()})
-        return learn(agent, *args, **kwargs)
-
-    monkeypatch.setattr(ppo_continuous, "learn", spy)
-    settings = {"pretrained": clone[1]["run"], "hidden_sizes": (8,), "dry_run": True, "num_envs": 8, "num_steps": 8}
-    settings |= {"minibatch_size": 64, "group_size": 1, "run_root": str(tmp_path), "run_name": "run"}
-    summary = ppo_continuous.train(ppo_continuous.Args.tuned("LateralControl-v0", **settings))
-    assert summary["status"] == "completed"
-    theirs = run.load_policy(clone[1]["run"])["agent"]
-    assert all(torch.equal(seen[0][name], x) for name, x in theirs.items() if name != "log_std")
+def test_load_policy_acts_like_the_agent():
+    assert_complete(Path("runs/clone"), steps=5)
+    agent = bc.Agent(1, np.float32([-0.05]), np.float32([0.15]), train_args(norm_obs=True))
+    agent.load_state_dict(evaluation.read_pt("runs/clone/best.pt")["agent"])
+    obs = np.linspace(-1, 1, 64, dtype=np.float32)[:, None]
+    expected = agent(torch.as_tensor(obs)).detach().numpy()
+    assert np.ptp(expected) > 0.05
+    np.testing.assert_allclose(load_clone("runs/clone")(obs), expected, atol=1e-6)
 
 
-def test_ppo_evaluates_a_clone(clone, root):
-    policy = clone[1]["run"]
-    settings = run.load_policy(policy)["args"]
-    settings = {name: settings[name] for name in ("env_id", "env_kwargs", "norm_obs", "init_log_std", "hidden_sizes")}
-    settings["hidden_sizes"] = tuple(settings["hidden_sizes"])
-    args = ppo_continuous.Args(**{**settings, "evaluate": policy, "eval_episodes": 2})
-    result = ppo_continuous.evaluate(args)
-    assert result["episodes"] == 2
-    assert result["metrics"]["total_cost"] == pytest.approx(-result["mean_return"])
+def test_ppo_residual_takes_a_clone_as_its_base_policy_but_not_as_its_residual(refused):
+    obs, envs = np.linspace(-1, 1, 64, dtype=np.float32)[:, None], make_vec("CloneHome-v0", 1)
+    base_policy = evaluation.make_base_policy("runs/clone/policy.onnx", envs)
+    np.testing.assert_allclose(base_policy(obs), load_clone("runs/clone")(obs), atol=1e-6)
+    line = "--env-id CloneHome-v0 --base-policy runs/clone/policy.onnx --pretrained runs/clone"
+    refused(line, r"clone/best\.pt: holds a policy, but a residual is needed", ppo_residual)
 
 
-def test_the_command_line_evaluates_a_clone_with_nothing_but_its_name(clone, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["ppo_continuous.py", "--evaluate", clone[1]["run"], "--eval-episodes", "2"])
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        ppo_continuous.main()
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-    assert "2 episodes" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("env_id", [*bc.TUNED, *ppo_continuous.TUNED, "SO101Paper-v0"])
-def test_a_clone_has_the_network_of_its_ppo_run(env_id):
-    if env_id == "SocNavGrid-v0":
-        theirs = ppo_grid_socnav.Args.tuned()
-    else:
-        theirs = ppo_residual.Args.tuned() if env_id == "SO101Paper-v0" else ppo_continuous.Args.tuned(env_id)
-    ours = {**bc.UNTUNED, **bc.TUNED.get(env_id, {})}
-    names = ("norm_obs", "hidden_sizes") if "-v5" in env_id else ("norm_obs", "hidden_sizes", "gamma")
-    assert {name: ours[name] for name in names} == {name: getattr(theirs, name) for name in names}
-    assert {name: getattr(bc.Args("x"), name) for name in bc.SIGHT} == {
-        name: getattr(ppo_grid_socnav.Args.tuned(), name) for name in bc.SIGHT
-    }
-
-
-def test_a_mistake_ends_in_one_line(root, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["bc_pretrain.py", "train", "--dataset", "none", "--run-root", root])
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            bc.main()
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-    assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    assert "no such demonstrations" in lines[0]
+@pytest.mark.parametrize("env_id", [*bc.DEFAULTS, "Pendulum-v1", "HalfCheetah-v5", "SO101Paper-v0"])
+def test_defaults_are_those_of_ppo(env_id):
+    """So that PPO can start from a clone without further flags."""
+    script = {"SocNavGrid-v0": ppo_grid_socnav, "SO101Paper-v0": ppo_residual}.get(env_id, ppo_continuous)
+    theirs = script.Args.from_preset(**{} if script is ppo_grid_socnav else {"env_id": env_id})
+    ours = bc.OTHER_DEFAULTS | bc.DEFAULTS.get(env_id, {})
+    if script is ppo_grid_socnav:
+        names = ("grid_encoder", "num_rays", "cnn_channels", "num_pedestrians", "pedestrian_hidden")
+        assert [getattr(bc.Args(dataset="x"), name) for name in names] == [getattr(theirs, name) for name in names]
+    for name in {"norm_obs", "hidden_sizes", "gamma"} - ({"gamma"} if "-v5" in env_id else set()):
+        assert ours[name] == getattr(theirs, name, False), name

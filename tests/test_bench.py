@@ -14,11 +14,12 @@ import onnxruntime
 import pytest
 import torch
 
-import envs
 import ppo_continuous
 import ppo_residual
-from envs import command, lateral, rollout, run
+from envs import UserError, lateral, make_vec, run
 from envs.batch_env import BatchEnv
+from envs.evaluation import evaluate, figures, make_base_policy, make_scripted_policy
+from envs.run import make_train_envs, write_json
 
 sb3 = pytest.importorskip("stable_baselines3")
 BENCH = Path(__file__).resolve().parents[1] / "tools" / "bench.py"
@@ -35,7 +36,7 @@ from stable_baselines3.common.vec_env import VecNormalize  # noqa: E402
 
 OTHER = {  # every setting another than SETTINGS has
     "num_envs": 2, "num_steps": 24, "minibatch_size": 12, "update_epochs": 3, "learning_rate": 1e-3, "gamma": 0.9,
-    "gae_lambda": 0.8, "clip_coef": 0.3, "clip_value": False, "ent_coef": 0.1, "vf_coef": 0.7, "max_grad_norm": 0.6,
+    "gae_lambda": 0.8, "clip_coef": 0.3, "clip_vloss": False, "ent_coef": 0.1, "vf_coef": 0.7, "max_grad_norm": 0.6,
     "target_kl": 0.4, "norm_obs": False, "norm_reward": False, "norm_adv": False, "init_log_std": -1.0,
     "hidden_sizes": (8, 9), "anneal_lr": True, "total_timesteps": 480,
 }  # fmt: skip
@@ -70,7 +71,7 @@ class Two(BatchEnv):
 def adapter(env_id, contender=OURS, **changes):
     """The adapter for a task, its native twin at the same start, and what they show there."""
     args = replace(settings(env_id, contender, seed=5), num_envs=3, **changes)
-    vec, twin = (envs.make_training(args) for _ in range(2))
+    vec, twin = (make_train_envs(args) for _ in range(2))
     native = NativeVecEnv(vec, bench_sb3.unit_actions(vec, args), getattr(args, "residual_penalty", 0.0))
     native.seed(5)
     return args, native, twin, native.reset(), twin.reset(seed=5)[0]
@@ -89,7 +90,7 @@ def test_the_adapter_steps_as_the_native_environment(env_id):
     for _ in range(450):
         action = rng.normal(size=(3, len(low))).astype(np.float32)
         obs, reward, done, infos = native.step(action)
-        expected = twin.step(agent.bounded(torch.as_tensor(action)).numpy())
+        expected = twin.step(agent.scale_action(torch.as_tensor(action)).numpy())
         np.testing.assert_array_equal(obs, expected[0])
         np.testing.assert_array_equal(reward, expected[1])
         np.testing.assert_array_equal(done, expected[2] | expected[3])
@@ -105,17 +106,19 @@ def test_the_adapter_steps_as_the_native_environment(env_id):
 
 
 def test_the_adapter_learns_the_residual_that_our_script_learns():
-    """Observations, rewards with the penalty and episodes of ppo_residual.collect for the same draws."""
+    """Observations, rewards with the penalty and episodes of ppo_residual.collect_rollout for the same draws."""
     args, native, twin, obs, first = adapter("SO101Paper-v0", num_steps=20, residual_penalty=0.5)
     rng = np.random.default_rng(0)
     draws = iter(drawn := rng.normal(size=(20, 3, 6)).astype(np.float32))
 
     class Drawn:
+        log_std = torch.zeros(6)
+
         def sample(self, obs):
             return torch.as_tensor(next(draws))
 
-    base = rollout.frozen(args.base_policy, twin)
-    batch, _, _ = ppo_residual.collect(Drawn(), twin, base, args, first, 0, torch.device("cpu"))
+    base = make_base_policy(args.base_policy, twin)
+    batch, _, _ = ppo_residual.collect_rollout(Drawn(), base, twin, first, 0, args)
     for t, action in enumerate(drawn):
         np.testing.assert_array_equal(obs, batch.obs[t].numpy())
         obs, reward, done, _ = native.step(action)
@@ -198,7 +201,7 @@ def sb3_settings(model, total):
         "update_epochs": model.n_epochs, "learning_rate": optimizer["lr"],
         "anneal_lr": model.lr_schedule(0.5) < model.lr_schedule(1.0),
         "weight_decay": optimizer["weight_decay"], "gamma": model.gamma, "gae_lambda": model.gae_lambda,
-        "clip_coef": model.clip_range(1.0), "clip_value": value_clip is not None, "ent_coef": model.ent_coef,
+        "clip_coef": model.clip_range(1.0), "clip_vloss": value_clip is not None, "ent_coef": model.ent_coef,
         "vf_coef": 2 * model.vf_coef, "max_grad_norm": model.max_grad_norm,
         "target_kl": None if model.target_kl is None else 1.5 * model.target_kl,
         "norm_obs": vec.norm_obs, "norm_reward": vec.norm_reward, "norm_adv": model.normalize_advantage,
@@ -210,10 +213,6 @@ def assert_alike(found, expected):
     """Up to what float32 and a product round."""
     assert found.pop("hidden_sizes") == expected.pop("hidden_sizes")
     assert found == pytest.approx(expected)
-
-
-def whole_rollouts(args):
-    return args.total_timesteps // (batch := command.steps_per_rollout(args)) * batch
 
 
 @pytest.mark.parametrize("changes", [{}, OTHER], ids=["as benchmarked", "all others"])
@@ -235,10 +234,9 @@ def test_stable_baselines_gets_the_tuned_settings(monkeypatch, env_id):
     args = settings(env_id, SB3, seed=4)
     model, total = sb3_model(monkeypatch, args)
     found = sb3_settings(model, total * args.env_kwargs.get("action_repeat", 1))
-    batch = command.steps_per_rollout(args)
     expected = {
         **{name: getattr(args, name) for name in found},
-        "total_timesteps": args.total_timesteps // batch * batch,
+        "total_timesteps": args.num_iterations * args.steps_per_iteration,
     }
     assert_alike(found, expected)
     assert model.seed == 4
@@ -251,11 +249,14 @@ def test_the_learning_rate_is_annealed_alike(monkeypatch):
     """The rates with which both really update, over five rollouts."""
     changes = {**OTHER, "env_id": "Pendulum-v1", "total_timesteps": 5 * 48 + 7, "target_kl": None, "eval_episodes": 1}
     ours, theirs = [], []
-    update = ppo_continuous.learn
-    monkeypatch.setattr(
-        ppo_continuous, "learn", lambda *x, **y: ours.append((s := update(*x, **y))["train/learning_rate"]) or s
-    )
-    monkeypatch.setattr(run, "export_onnx", lambda agent, obs_dim, path, *about: path.write_bytes(b"onnx"))
+    update = ppo_continuous.ppo_update
+
+    def noted(agent, optimizer, *others):
+        ours.append(optimizer.param_groups[0]["lr"])
+        return update(agent, optimizer, *others)
+
+    monkeypatch.setattr(ppo_continuous, "ppo_update", noted)
+    monkeypatch.setattr(run, "export_onnx", lambda agent, envs, policy, path: path.write_bytes(b"onnx"))
     original = sb3.PPO.train
     monkeypatch.setattr(
         sb3.PPO, "train", lambda self: (original(self), theirs.append(self.policy.optimizer.param_groups[0]["lr"]))
@@ -273,11 +274,12 @@ def test_both_sides_get_what_both_have_and_the_tuned_ones_the_rest():
         ours, theirs = (settings(env_id, contender, seed=1) for contender in (OURS, SB3))
         assert ours == theirs
         assert settings(env_id, COMPILED, seed=1) == replace(ours, compile=True)
-        assert (ours.group_size, ours.final_log_std, ours.critic_warmup, ours.freeze_normalizer) == (1, None, 0, False)
+        assert (ours.final_log_std, ours.critic_warmup_updates, ours.freeze_obs_stats) == (None, 0, False)
+        assert getattr(ours, "group_size", 1) == 1
         assert ours.weight_decay == 0
-    changed = command.changed(settings("LateralControl-v0", TUNED, 1), settings("LateralControl-v0", OURS, 1))
+    changed = bench_ppo.changed(settings("LateralControl-v0", TUNED, 1), settings("LateralControl-v0", OURS, 1))
     assert set(changed) == {"group_size", "final_log_std", "eval_every", "eval_episodes"}
-    tuned = ppo_continuous.Args.tuned("LateralControl-v0", seed=1, checkpoint_every=0)
+    tuned = ppo_continuous.Args.from_preset(env_id="LateralControl-v0", seed=1, checkpoint_every=0)
     assert settings("LateralControl-v0", TUNED, 1) == tuned
     assert [len(bench_ppo.contenders(env_id)) for env_id in ALL] == [2, 3, 2, 2]
     assert isinstance(settings("SO101Paper-v0", SB3, 1), ppo_residual.Args)
@@ -289,7 +291,7 @@ def test_both_sides_get_what_both_have_and_the_tuned_ones_the_rest():
 @pytest.mark.parametrize("contender", [OURS, SB3])
 def test_both_sides_are_measured_alike(contender, monkeypatch):
     """Pendulum: episodes of 200 steps, each step costs up to 16.3, so a normalised return would show."""
-    monkeypatch.setattr(run, "export_onnx", lambda agent, obs_dim, path, *about: path.write_bytes(b"onnx"))
+    monkeypatch.setattr(run, "export_onnx", lambda agent, envs, policy, path: path.write_bytes(b"onnx"))
     args = replace(settings("Pendulum-v1", contender, seed=3, total=2 * 2048), update_epochs=1)
     kept = []
     monkeypatch.setattr(bench_ppo, "train", lambda *x, train=bench_ppo.train: kept.append(train(*x)) or kept[0])
@@ -332,14 +334,14 @@ def test_steps_count_the_action_repeat(monkeypatch):
 def test_evaluation_starts_from_the_same_states(monkeypatch, env_id):
     """A policy that does nothing scores the same on both sides, whatever its units."""
     monkeypatch.setattr(sb3.PPO, "learn", lambda self, *args, **kwargs: None)
-    dim = envs.make_vec(env_id, 1).single_action_space.shape[0]
+    dim = make_vec(env_id, 1).single_action_space.shape[0]
     monkeypatch.setattr(sb3.PPO, "predict", lambda self, obs, deterministic: (np.zeros((len(obs), dim), np.float32), 0))
     monkeypatch.setattr(bench_ppo, "EPISODES", 3)
     args = settings(env_id, SB3, seed=1)
     result = bench_ppo.learn(SB3, args)["evaluation"]
-    policy = rollout.scripted("ik" if env_id == "SO101Paper-v0" else "zero", envs.make_vec(env_id, 1))
-    expected = rollout.evaluate(policy, replace(args, eval_episodes=3, eval_seed=900_001), "test")
-    assert result == pytest.approx(rollout.figures(expected))
+    policy = make_scripted_policy("ik" if env_id == "SO101Paper-v0" else "zero", make_vec(env_id, 1))
+    expected = evaluate(policy, replace(args, eval_episodes=3, eval_seed=900_001), "test")
+    assert result == pytest.approx(figures(expected))
 
 
 @pytest.mark.parametrize(
@@ -372,7 +374,7 @@ def write_learned(folder, contender, seed, returns, env_id="Hopper-v5", total=No
     file.parent.mkdir(exist_ok=True)
     episodes = [[1000 * (i + 1), value, 20] for i, value in enumerate(returns)]
     figures = {"steps": 299_008, "evaluation": {"mean_return": 2.0 * returns[-1], **evaluation}, "episodes": episodes}
-    run.write_json(file, {**asked, "about": ABOUT, **figures})
+    write_json(file, {**asked, "about": ABOUT, **figures})
 
 
 @pytest.fixture
@@ -463,7 +465,7 @@ def test_numbers(x, sign, text):
 
 
 def test_report_gathers_all_kinds(tmp_path, capsys):
-    with pytest.raises(run.UserError, match="no measurements there"):
+    with pytest.raises(UserError, match="no measurements there"):
         bench.bench_report(bench.Report(out=str(tmp_path)))
     samples = [(x, 100.0) for x in (1.0, 61.0, 62.0)]
     kinds = {
@@ -477,8 +479,8 @@ def test_report_gathers_all_kinds(tmp_path, capsys):
     }
     for i, (kind, result) in enumerate(kinds.items()):
         (tmp_path / kind).mkdir()
-        run.write_json(tmp_path / kind / "x.json", {**result, "about": {**ABOUT, "commit": f"c{i % 2}"}})
-    run.write_json(tmp_path / "speed" / "y.json", {**kinds["speed"], "contender": SB3, "about": ABOUT})
+        write_json(tmp_path / kind / "x.json", {**result, "about": {**ABOUT, "commit": f"c{i % 2}"}})
+    write_json(tmp_path / "speed" / "y.json", {**kinds["speed"], "contender": SB3, "about": ABOUT})
     write_learned(tmp_path, OURS, 1000, [1.0])
     write_learned(tmp_path, SB3, 1000, [1.0])
     bench.bench_report(bench.Report(out=str(tmp_path)))
@@ -524,7 +526,7 @@ def test_memory_of_a_training_script(monkeypatch):
 
 
 def test_a_script_that_ends_is_no_measurement(monkeypatch):
-    with pytest.raises(run.UserError, match=r"ended with status 2: error: .*--gamma"):
+    with pytest.raises(UserError, match=r"ended with status 2: error: .*--gamma"):
         bench_runs.memory("ppo_residual.py --gamma 7", 1.0)
 
 
@@ -542,7 +544,8 @@ def test_ranks_are_started_by_torchrun(monkeypatch):
     def stand_in(arguments, folder):
         lines.append(arguments)
         (Path(folder) / "bench").mkdir()
-        (Path(folder) / "bench" / "progress.csv").write_text(run.csv_text(rows, header=True))
+        lines_of_csv = ["step,time/sps", *(f"{row['step']},{row['time/sps']}" for row in rows)]
+        (Path(folder) / "bench" / "progress.csv").write_text("\n".join(lines_of_csv))
         return started(["-c", "import os; assert os.environ['OMP_NUM_THREADS'] == '1'"], folder)
 
     monkeypatch.setattr(bench_runs, "started", stand_in)
@@ -561,7 +564,7 @@ def test_a_rank_that_fails_is_no_measurement(monkeypatch):
     code = "import sys; print('error: too few'); print('====='); sys.exit(3)"
     started = bench_runs.started
     monkeypatch.setattr(bench_runs, "started", lambda arguments, folder: started(["-c", code], folder))
-    with pytest.raises(run.UserError, match=r"on 2 ranks ended with status 3: error: too few$"):
+    with pytest.raises(UserError, match=r"on 2 ranks ended with status 3: error: too few$"):
         bench_runs.scaling(64, 2, rollouts=1)
 
 
@@ -586,8 +589,8 @@ def test_scaling_rows_compare_with_one_plain_process():
 
 
 def test_the_plain_loop_of_the_lateral_benchmark_drives_as_the_environment_does():
-    vec = envs.make_vec("LateralControl-v0", 2, training=False, action_mode="absolute")
-    policy = rollout.scripted("pid", vec)
+    vec = make_vec("LateralControl-v0", 2, training=False, action_mode="absolute")
+    policy = make_scripted_policy("pid", vec)
     obs, _ = vec.reset(seed=0)
     policy.reset(np.arange(2), vec)
     for _ in range(399):
@@ -602,7 +605,7 @@ def test_the_plain_loop_of_the_lateral_benchmark_drives_as_the_environment_does(
 
 
 def test_the_plain_loop_of_the_ballbot_benchmark_sees_what_the_environment_shows():
-    vec, seen = envs.make_vec("Ballbot-v0", 1, training=False), []
+    vec, seen = make_vec("Ballbot-v0", 1, training=False), []
 
     def policy(obs):
         seen.append(obs[0].copy())
@@ -610,7 +613,7 @@ def test_the_plain_loop_of_the_ballbot_benchmark_sees_what_the_environment_shows
 
     vec.reset(seed=0)
     bench_envs.plain_ballbot(vec, vec.models[0], policy, 0.1)
-    twin = envs.make_vec("Ballbot-v0", 1, training=False)
+    twin = make_vec("Ballbot-v0", 1, training=False)
     obs, _ = twin.reset(seed=0)
     for plain in seen[:100]:
         np.testing.assert_allclose(plain[:15], obs[0, :15], atol=1e-6)
@@ -619,9 +622,9 @@ def test_the_plain_loop_of_the_ballbot_benchmark_sees_what_the_environment_shows
 
 def test_the_plain_loop_of_the_arm_benchmark_sees_what_the_environment_shows():
     """A whole episode of the base policy, and the start of the next."""
-    vec = envs.make_vec("SO101Paper-v0", 1)
+    vec = make_vec("SO101Paper-v0", 1)
     vec.reset(seed=3)
-    base, seen = rollout.scripted("ik", vec), []
+    base, seen = make_scripted_policy("ik", vec), []
 
     class Enough(Exception):  # noqa: N818
         pass
@@ -632,7 +635,7 @@ def test_the_plain_loop_of_the_arm_benchmark_sees_what_the_environment_shows():
             raise Enough
         return base(obs)
 
-    twin = envs.make_vec("SO101Paper-v0", 1)
+    twin = make_vec("SO101Paper-v0", 1)
     obs, _ = twin.reset(seed=3)
     with pytest.raises(Enough):
         bench_envs.plain_so101(vec, policy, 60.0)
@@ -669,13 +672,13 @@ def test_environments_are_measured_beside_the_plain_loop(env_id, policy, unit, t
     "changes", [{"repeats": 0}, {"seconds": 0.0}, {"num_envs": (8, 0)}, {"env_kwargs": {"training": False}}]
 )
 def test_environments_that_cannot_be_measured(changes):
-    with pytest.raises(run.UserError, match=r"must be at least|training is not for --env-kwargs"):
+    with pytest.raises(UserError, match=r"must be at least|training is not for --env-kwargs"):
         bench_envs.bench_envs(bench_envs.Envs(**changes))
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Nope-v0"])
 def test_environments_that_cannot_be_learned_here(env_id):
-    with pytest.raises(run.UserError, match=r"flat, bounded Box|unknown environment"):
+    with pytest.raises(UserError, match=r"Box of floats|bundled environments"):
         bench_ppo.bench_ppo(bench_ppo.Ppo(env_id=(env_id,)))
 
 
@@ -690,7 +693,7 @@ def test_environments_that_cannot_be_learned_here(env_id):
     ],
 )
 def test_settings_that_cannot_work(changes, message):
-    with pytest.raises(run.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         bench_ppo.bench_ppo(bench_ppo.Ppo(**changes))
 
 
@@ -701,7 +704,7 @@ def test_memory_and_scaling_that_cannot_be_measured():
         (bench_runs.Scaling(num_envs=(65,)), "--num-envs 65 cannot be shared out over 2 ranks"),
         (bench_runs.Scaling(ranks=(0,)), "must be at least 1"),
     ):
-        with pytest.raises(run.UserError, match=message):
+        with pytest.raises(UserError, match=message):
             (bench_runs.bench_memory if isinstance(args, bench_runs.Memory) else bench_runs.bench_scaling)(args)
 
 

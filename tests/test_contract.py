@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 from helpers import same
@@ -19,11 +20,11 @@ CALLS = 2000  # of step() at most, until an episode ends in every row
 
 def pytest_generate_tests(metafunc):
     other = metafunc.config.getoption("env_id")
-    metafunc.parametrize("env_id", [other] if other else envs.OURS)
+    metafunc.parametrize("env_id", [other] if other else envs.BUNDLED)
 
 
-def make(env_id, rows=ROWS, split="test"):
-    vec = envs.make_vec(env_id, rows, training=False, split=split)
+def make(env_id, rows=ROWS, split="test", training=False):
+    vec = envs.make_vec(env_id, rows, training=training, split=split)
     assert isinstance(vec, BatchEnv)
     return vec
 
@@ -64,13 +65,14 @@ def tensors(x):
     return torch.as_tensor(x) if x.dtype.kind in "bfiu" else x.tolist()
 
 
-def test_an_environment_alone_equals_its_row(env_id):
+@pytest.mark.parametrize("training", [False, True])
+def test_an_environment_alone_equals_its_row(env_id, training, smaller_training_world):
     """Up to the end of an episode: which one follows may depend on how many are played side by side."""
-    vec = make(env_id)
+    vec = make(env_id, training=training)
     obs, _ = vec.reset(seed=[[7, i] for i in range(ROWS)])
     steps = played(vec)
     for i in range(ROWS):
-        alone = make(env_id, 1)
+        alone = make(env_id, 1, training=training)
         first, _ = alone.reset(seed=[[7, i]])
         assert_same(row(first, 0), row(obs, i))
         for action, _, (new, reward, terminated, truncated, info) in steps:
@@ -116,13 +118,14 @@ def test_what_a_step_returned_does_not_change_later(env_id):
         assert_same(live, copy)
 
 
-def test_stepping_continues_bit_for_bit_from_a_snapshot(env_id, tmp_path):
+@pytest.mark.parametrize("training", [False, True])
+def test_stepping_continues_bit_for_bit_from_a_snapshot(env_id, training, smaller_training_world, tmp_path):
     """Through the end of an episode in every row, so that the next ones are drawn alike too."""
-    vec, other = make(env_id), make(env_id)
+    vec, other = (make(env_id, training=training) for _ in range(2))
     vec.reset(seed=3)
     for action in random_actions(vec, 20):
         vec.step(action)
-    run.save(tmp_path / "snapshot.pt", vec.state_dict())
+    run.save_pt(tmp_path / "snapshot.pt", vec.state_dict())
     expected = played(vec)
     other.reset(seed=4)
     other.load_state_dict(torch.load(tmp_path / "snapshot.pt", weights_only=True))

@@ -1,6 +1,7 @@
 """The data of LateralControl-v0: logs and synthetic segments, and the dynamics that comes with it."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,10 @@ import torch
 
 import envs
 from envs import lateral_segments
-from envs.files import UserError
+from envs.evaluation import make_scripted_policy, rollout
 from envs.lateral import EMBEDDED, MAX_JUMP
 from envs.lateral_model import BINS, tokens_of
 from envs.lateral_segments import CONTEXT, FIRST, MIN_ROWS, SYNTHETIC, load_folder, load_segment, split_of, synthetic
-from envs.rollout import rollout, scripted
 
 ARRAYS = ("target", "roll", "v", "a", "steer")
 HEADER = ["t", "vEgo", "aEgo", "roll", "targetLateralAcceleration", "steerCommand"]
@@ -93,15 +93,14 @@ def with_cell(row: int, column: str, cell: str) -> list[list[str]]:
 )
 def test_a_log_that_cannot_be_used_is_named_with_what_is_wrong(tmp_path, lines, message):
     path = write(tmp_path / "bad.csv", lines)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         load_segment(path)
     assert str(caught.value).startswith(str(path))
-    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_log_with_another_separator_lacks_all_columns(tmp_path):
-    with pytest.raises(UserError, match=r"no column vEgo, aEgo.*the first line must name"):
+    with pytest.raises(ValueError, match=r"no column vEgo, aEgo.*the first line must name"):
         load_segment(write(tmp_path / "semicolons.csv", log(), separator=";"))
 
 
@@ -109,23 +108,23 @@ def test_a_log_with_another_separator_lacks_all_columns(tmp_path):
 def test_a_binary_file_is_refused(tmp_path, content):
     path = tmp_path / "00001.csv"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"00001\.csv: (damaged|no column)"):
+    with pytest.raises(ValueError, match=r"00001\.csv: (damaged|no column)"):
         load_segment(path)
 
 
 def test_a_folder_is_read_in_the_order_of_names(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere: no such folder; give"):
+    with pytest.raises(ValueError, match=r"nowhere: no such folder; give"):
         load_folder(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no CSV file in this folder; give"):
+    with pytest.raises(ValueError, match="no CSV file in this folder; give"):
         load_folder(tmp_path)
     names = [f"{i:05d}.csv" for i in (10, 2, 31, 4, 23, 11, 1, 15)]
     for name in [*names, "notes.txt"]:
         write(tmp_path / name, log())
     assert [segment.name for segment in load_folder(tmp_path)] == sorted(names)
-    with pytest.raises(UserError, match=r"notes\.txt: no such folder"):
+    with pytest.raises(ValueError, match=r"notes\.txt: no such folder"):
         load_folder(tmp_path / "notes.txt")
     (tmp_path / "00003.csv").mkdir()
-    with pytest.raises(UserError, match=r"00003\.csv: cannot be read"):
+    with pytest.raises(ValueError, match=r"00003\.csv: cannot be read"):
         load_folder(tmp_path)
 
 
@@ -134,9 +133,9 @@ def test_a_data_folder_is_divided_by_name():
     train, validation = split_of(segments[::-1], "train"), split_of(segments[::-1], "validation")
     assert [s.name for s in train + validation] == [s.name for s in segments]
     assert len(train) == 14  # 17 * 7 // 8
-    with pytest.raises(UserError, match="train and validation"):
+    with pytest.raises(ValueError, match="train and validation"):
         split_of(segments, "test")
-    with pytest.raises(UserError, match="more files"):
+    with pytest.raises(ValueError, match="more files"):
         split_of(segments[:1], "train")
 
 
@@ -163,7 +162,7 @@ def test_synthetic_segments_have_the_shape_of_a_log(segments):
             assert np.isfinite(array).all()
     assert MIN_ROWS <= 600
     assert synthetic("test", 0) == []
-    with pytest.raises(UserError, match="train, validation, test"):
+    with pytest.raises(ValueError, match="train, validation, test"):
         synthetic("tset", 1)
 
 
@@ -387,7 +386,8 @@ def test_the_task_is_as_hard_as_the_real_one():
         mode = "absolute" if name == "pid" else "delta"
         count = SYNTHETIC["test"]
         vec = envs.make_vec("LateralControl-v0", count, training=False, split="test", action_mode=mode)
-        costs[name] = np.array([result["total_cost"] for result in rollout(scripted(name, vec), vec, count, seed=0)])
+        results = rollout(make_scripted_policy(name, vec), vec, count, seed=0)
+        costs[name] = np.array([result["total_cost"] for result in results])
     assert 95 < costs["pid"].mean() < 115
     assert 0.3 < costs["feedforward"].mean() / costs["pid"].mean() < 0.55
 

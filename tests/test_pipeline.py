@@ -1,191 +1,177 @@
-"""The pipeline from end to end: expert, demonstrations, clone, fine-tuning, comparison; clones that look at grids."""
+"""The pipeline from end to end: expert, dataset, clone, fine-tuning, comparison. Policies of all scripts are experts,
+and PPO starts from clones."""
 
 import json
-import signal
-import sys
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import lines
-from test_bc import Home
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-
-import compare_runs
+from helpers import make_quick
+from test_bc import Home, read, train_args
 
 import bc_pretrain as bc
 import ppo_continuous
 import ppo_grid_socnav
-from envs import rollout, run
-from envs.files import UserError
+import ppo_residual
+from envs import evaluation, make_vec
+from tools import compare_runs
+
+SCRIPT = bc
+PPO = (
+    "--env-id CloneHome-v0 --num-envs 8 --num-steps 64 --minibatch-size 64 --eval-every 512 --eval-episodes 4"
+    " --checkpoint-every 512 --hidden-sizes 16"
+)
+# Episodes of 25 steps in one corridor
+GRID = {"scenario": "classic_head_on_corridor_medium", "grid_channels": "near,combined", "grid_size": 20}
+TINY_GRID = {"env_id": "SocNavGrid-v0", "env_kwargs": GRID, "hidden_sizes": (16,), "eval_episodes": 2}
+TINY_PPO = {"num_envs": 2, "num_steps": 16, "minibatch_size": 16, "threads": 1, "dry_run": True}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def home():
-    gym.register("CloneHome-v0", vector_entry_point=Home)
-    yield
-    del gym.registry["CloneHome-v0"]
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    spec = gym.envs.registration.EnvSpec("CloneHome-v0", vector_entry_point=Home)
+    monkeypatch.setitem(gym.registry, spec.id, spec)
+    monkeypatch.chdir(tmp_path)
+    make_quick(monkeypatch)
+
+
+def collect(dataset, **settings):
+    bc.collect(bc.CollectArgs(dataset=dataset, **{"episodes": 4} | settings))
+    return read(dataset)
+
+
+def load_policy(path):
+    """The policy of a file, and the file."""
+    checkpoint = evaluation.read_policy(path)
+    envs = make_vec(checkpoint["env_id"], 1, **checkpoint["env_kwargs"])
+    return evaluation.load_script(checkpoint["script"]).load_policy(checkpoint, envs), checkpoint
+
+
+def initial_agent(monkeypatch, script, args):
+    """The state_dict with which a PPO script starts its first rollout."""
+
+    def stop(agent, *args):
+        raise StopIteration(agent.state_dict())
+
+    monkeypatch.setattr(script, "collect_rollout", stop)
+    with pytest.raises(StopIteration) as started:
+        script.train(args)
+    return started.value.value
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], x) for name, x in theirs.items())
+
+
+def test_from_an_expert_to_a_comparison(command, monkeypatch):
+    """The fine-tuned run is charged the steps of its demonstrations and of its expert."""
+
+    def run_script(script, line):
+        status, errors = command(line, script)
+        assert status == 0, errors
+
+    run_script(ppo_continuous, f"{PPO} --total-timesteps 1024 --run-name expert")
+    expert = "runs/expert/checkpoints/step_000000512.pt"
+    run_script(bc, f"collect --policy {expert} --dataset home --episodes 6 --seeds 3 4 --action-noise 0.1")
+    run_script(bc, "validate home")
+    run_script(bc, "train --dataset home --run-name clone --epochs 2 --hidden-sizes 16")
+    run_script(ppo_continuous, f"{PPO} --total-timesteps 1024 --run-name scratch")
+    tuned = f"{PPO} --total-timesteps 1024 --pretrained runs/clone --critic-warmup-updates 1 --run-name tuned"
+    run_script(ppo_continuous, tuned)
+    arms = "--baseline runs/scratch --pretrained runs/tuned --criterion mean_return -1e6 --window 1 --group home"
+    run_script(compare_runs, arms)
+    compared = json.loads(Path("runs/comparisons/home.json").read_text())
+    steps = len(read("home")["reward"])
+    assert (compared["demonstration_steps"], compared["expert_steps"]) == (steps, 512)
+    assert compared["ratio"]["with_expert"]["value"] == pytest.approx((512 + steps + 512) / 512)
+
+    parents, digests = json.loads(Path("runs/tuned/config.json").read_text())["parents"], []
+    for path in ("runs/clone/best.pt", "runs/datasets/home.npz", expert):  # each of them made from the next one
+        assert list(parents) == [path]
+        digests.append(parents[path]["sha256"] == evaluation.sha256(path))
+        parents = parents[path]["config"]["parents"]
+    assert digests == [True, True, True]
+    assert parents == {}
+
+    args = ppo_continuous.Args(env_id="CloneHome-v0", pretrained="runs/clone", hidden_sizes=(16,), **TINY_PPO)
+    assert_equal(initial_agent(monkeypatch, ppo_continuous, args), load_policy("runs/clone")[1]["agent"])
+
+
+def test_a_residual_run_is_an_expert():
+    """Its actions are those of the base plus the bounded residual."""
+    args = ppo_residual.Args(num_envs=2, num_steps=32, minibatch_size=32, dry_run=True, run_name="arm")
+    ppo_residual.train(args)
+    dataset = collect("arm", policy="runs/arm", episodes=2)
+    agent = ppo_residual.make_residual_agent(make_vec("SO101Paper-v0", 1), args)
+    agent.load_state_dict(evaluation.read_pt("runs/arm/best.pt")["agent"])
+    with torch.no_grad():
+        residual = agent.action_mean(torch.as_tensor(dataset["obs"])).clamp(-1, 1).numpy()
+    envs = make_vec("SO101Paper-v0", 1)
+    base, space = envs.controllers["ik"]()(dataset["obs"]), envs.single_action_space
+    np.testing.assert_allclose(
+        dataset["action"], np.clip(base + 0.7 * 0.02 * residual, space.low, space.high), atol=1e-6
+    )
+    assert np.abs(dataset["action"] - base).max() > 1e-6
+    assert dataset.env_id == "SO101Paper-v0"
+    assert list(dataset.manifest["parents"]) == ["runs/arm/best.pt"]
 
 
 @pytest.fixture
-def do(monkeypatch, tmp_path):
-    """Runs a command line of a script in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "export_onnx", lambda agent, obs, path, *about: path.write_bytes(b"onnx"))
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def do(script, line):
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *line.split()])
-        script.main()
-
-    yield do
-    for s, handler in before.items():
-        signal.signal(s, handler)
+def corridor():
+    return collect("corridor", policy="pursuit", env_id="SocNavGrid-v0", env_kwargs=GRID)
 
 
-PPO = (
-    "--env-id CloneHome-v0 --num-envs 8 --num-steps 64 --minibatch-size 64 --eval-every 512 --eval-episodes 20"
-    " --learning-rate 1e-3"
-)
-
-
-def test_a_checkpoint_is_a_policy_for_whoever_has_other_settings(do, tmp_path):
-    """Of what resuming needs, such as the returns of so many environments, an expert and a fine-tuned run take none."""
-    do(ppo_continuous, f"{PPO} --total-timesteps 1024 --checkpoint-every 512 --run-name expert")
-    checkpoint = "runs/expert/checkpoints/step_000000512.pt"
-    do(bc, f"collect --policy {checkpoint} --dataset home --episodes 4 --action-noise 0.1")
-    assert json.loads((tmp_path / "runs/datasets/home.json").read_text())["parents"][checkpoint]["steps"] == 512
-    do(ppo_continuous, f"{PPO} --total-timesteps 512 --num-envs 4 --pretrained {checkpoint} --run-name tuned")
-    assert json.loads((tmp_path / "runs/tuned/summary.json").read_text())["status"] == "completed"
-
-
-def test_five_commands_lead_from_an_expert_to_a_comparison(do, capsys):
-    do(ppo_continuous, f"{PPO} --total-timesteps 8192 --run-name expert")
-    do(bc, "collect --policy runs/expert --dataset home --episodes 30 --seeds 3 4 --action-noise 0.1")
-    do(bc, "validate home")
-    do(bc, "train --dataset home --run-name clone --epochs 20 --learning-rate 3e-3")
-    do(ppo_continuous, f"{PPO} --total-timesteps 8192 --run-name scratch --seed 2")
-    do(ppo_continuous, f"{PPO} --total-timesteps 8192 --pretrained runs/clone --critic-warmup 1 --run-name tuned")
-    capsys.readouterr()
-    criterion = "--criterion mean_return -20 --window 1"
-    do(compare_runs, f"--baseline runs/scratch --pretrained runs/tuned {criterion}")
-    assert "fine-tuning alone" in capsys.readouterr().out
-
-    # the lineage, from the fine-tuned run back to the expert
-    config = json.loads(Path("runs/tuned/config.json").read_text())
-    clone = config["parents"]["runs/clone/best.pt"]
-    dataset = clone["config"]["parents"]["runs/datasets/home.npz"]
-    expert = dataset["config"]["parents"]["runs/expert/best.pt"]
-    assert [one["sha256"] for one in (clone, dataset, expert)] == [
-        run.sha256(Path(path)) for path in ("runs/clone/best.pt", "runs/datasets/home.npz", "runs/expert/best.pt")
-    ]
-    steps = json.loads(Path("runs/datasets/home.json").read_text())["played"]["env_steps"]
-    assert compare_runs.charges(compare_runs.read_run("runs/tuned")) == (steps, 8192)
-
-
-def test_evaluations_before_each_of_the_first_updates_change_nothing(do):
-    line = f"{PPO} --total-timesteps 4096 --eval-every 2048"
-    do(ppo_continuous, f"{line} --eval-first 3 --run-name looked")
-    do(ppo_continuous, f"{line} --run-name plain")
-    assert [one["step"] for one in lines(Path("runs/looked/first_evaluations.jsonl"))] == [0, 512, 1024]
-    looked, plain = (lines(Path(f"runs/{name}/evaluations.jsonl")) for name in ("looked", "plain"))
-    assert looked == plain
-    assert [one["step"] for one in plain] == [2048, 4096]
-    assert not Path("runs/plain/first_evaluations.jsonl").exists()
-
-
-def test_a_run_that_resumes_looks_once_at_each(do):
-    line = f"{PPO} --eval-first 3 --checkpoint-every 512 --no-anneal-lr --run-name run"
-    do(ppo_continuous, f"{line} --total-timesteps 1024")
-    do(ppo_continuous, "--resume runs/run --total-timesteps 2048")
-    assert [one["step"] for one in lines(Path("runs/run/first_evaluations.jsonl"))] == [0, 512, 1024]
-
-
-# Clones that look at a grid
-
-PLACE = {"scenario": "classic_head_on_corridor_medium", "grid_channels": "near", "grid_size": 16}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    """Demonstrations of a scripted controller in one corridor: the directory of runs that holds them."""
-    root = str(tmp_path_factory.mktemp("runs"))
-    collected = {"policy": "pursuit", "env_id": "SocNavGrid-v0", "env_kwargs": PLACE, "episodes": 4, "run_root": root}
-    bc.collect(bc.CollectArgs("corridor", **collected))
-    return root
-
-
-def settings_of(root, **changes):
-    settings = {"dataset": "corridor", "epochs": 3, "minibatch_size": 32, "hidden_sizes": (16,), "eval_episodes": 2}
-    return bc.Args(**{**settings, "run_root": root, "run_name": "clone", **changes})
-
-
-def test_grids_are_recorded_as_bytes(dataset):
-    with np.load(Path(dataset) / "datasets" / "corridor.npz") as arrays:
-        n = arrays["start"][-1]
-        assert (arrays["obs_grid"].dtype, arrays["obs_grid"].shape) == (np.uint8, (n, 1, 16, 16))
-        assert arrays["obs_pedestrians"].shape == (n, 64, 4)
-        assert set(arrays["scenario"]) == {PLACE["scenario"]}
-    assert bc.validate(bc.ValidateArgs("corridor", run_root=dataset))
+def test_packed_grids_come_out_as_they_went_in(corridor):
+    """Every part of every observation, against the environment replayed from the seed."""
+    assert corridor["obs_grid"].shape[1:] == (2, 20, 3)  # 20 cells in 3 bytes
+    assert set(corridor["scenario"]) == {GRID["scenario"]}
+    for i in range(len(corridor)):
+        envs = corridor.make_envs()
+        obs, _ = envs.reset(seed=[corridor["seed"][i].tolist()])
+        recorded = corridor.obs(corridor.steps(i))
+        assert recorded.keys() == obs.keys()
+        for t, action in enumerate(corridor["executed_action"][corridor.steps(i)]):
+            for name, x in obs.items():
+                assert recorded[name].dtype == x.dtype
+                assert np.array_equal(recorded[name][t], x[0]), (name, t)
+            obs, *_ = envs.step(action[None])
+    assert corridor["obs_grid"].any()
+    assert bc.validate(bc.ValidateArgs(dataset="corridor"))
 
 
 @pytest.mark.parametrize("encoder", ["rays", "cnn"])
-def test_a_clone_that_looks_at_a_grid_is_one_that_ppo_goes_on_from(dataset, tmp_path, monkeypatch, encoder):
-    monkeypatch.setattr(run, "export_onnx", lambda agent, obs, path, *about: path.write_bytes(b"onnx"))
-    summary = bc.train(settings_of(dataset, grid_encoder=encoder, run_root=dataset, run_name=f"clone_{encoder}"))
-    losses = [float(row["validation/loss"]) for row in run.read_progress(Path(summary["run"]) / "progress.csv")]
-    assert losses[-1] < losses[0]
-    policy = run.load_policy(summary["run"], kind="policy")
-    found = bc.Demonstrations(Path(dataset) / "datasets" / "corridor.npz")
-    clone, _ = bc.trained(summary["run"])
-
-    seen, learn = [], ppo_grid_socnav.learn
-
-    def spy(agent, *args, **kwargs):
-        seen.append(rollout.Deployed(agent))
-        return learn(agent, *args, **kwargs)
-
-    monkeypatch.setattr(ppo_grid_socnav, "learn", spy)
-    settings = {"env_kwargs": PLACE, "num_envs": 2, "num_steps": 8, "minibatch_size": 16, "hidden_sizes": (16,)}
-    settings |= {
-        "threads": 1,
-        "dry_run": True,
-        "pretrained": summary["run"],
-        "run_root": str(tmp_path),
-        "run_name": "tuned",
-    }
-    ppo_grid_socnav.train(ppo_grid_socnav.Args.tuned(encoder, **settings))
-    obs = next(found.chunks(8))
-    assert np.array_equal(seen[0](obs), clone(obs))
-    assert policy["args"]["grid_encoder"] == encoder
+def test_a_grid_clone_is_an_expert_and_starts_ppo(corridor, monkeypatch, encoder):
+    bc.train(train_args(dataset="corridor", grid_encoder=encoder, eval_episodes=2, run_name="clone"))
+    rows = compare_runs.read_run("runs/clone")["progress"]
+    assert float(rows[-1]["validation/loss"]) < float(rows[0]["validation/loss"])
+    clone, checkpoint = load_policy("runs/clone")
+    dataset = collect("again", policy="runs/clone", episodes=2)
+    assert np.array_equal(dataset["action"], clone(dataset.obs(slice(None))))
+    args = ppo_grid_socnav.Args(grid_encoder=encoder, pretrained="runs/clone", **TINY_GRID, **TINY_PPO)
+    assert_equal(initial_agent(monkeypatch, ppo_grid_socnav, args), checkpoint["agent"])
 
 
-def test_critic_warmup_leaves_a_grid_policy_as_it_is(dataset, tmp_path, monkeypatch):
-    """Its encoders are the actor's own and the critic's own."""
-    monkeypatch.setattr(run, "export_onnx", lambda agent, obs, path, *about: path.write_bytes(b"onnx"))
-    settings = {"env_kwargs": PLACE, "num_envs": 4, "num_steps": 16, "minibatch_size": 32, "hidden_sizes": (16,)}
-    settings |= {
-        "threads": 1,
-        "total_timesteps": 192,
-        "critic_warmup": 2,
-        "eval_episodes": 1,
-        "run_root": str(tmp_path),
-    }
-    settings |= {"final_log_std": None, "eval_every": 0, "checkpoint_every": 64, "run_name": "run"}
-    ppo_grid_socnav.train(ppo_grid_socnav.Args.tuned(**settings))
-    first, second, third = (
-        run.load(tmp_path / "run" / "checkpoints" / f"step_{step:09d}.pt")["agent"] for step in (64, 128, 192)
-    )
-    actor = [name for name in first if name.startswith("actor") or name == "log_std"]
-    critic = [name for name in first if name.startswith("critic")]
-    assert all(torch.equal(first[name], second[name]) for name in actor)
-    assert any(not torch.equal(second[name], third[name]) for name in actor)
-    assert any(not torch.equal(first[name], second[name]) for name in critic)
+def test_a_grid_run_is_an_expert():
+    ppo_grid_socnav.train(ppo_grid_socnav.Args(run_name="grid", **TINY_GRID, **TINY_PPO))
+    dataset = collect("grid", policy="runs/grid", episodes=2)
+    agent = ppo_grid_socnav.make_grid_agent(dataset.make_envs(), ppo_grid_socnav.Args(**TINY_GRID))
+    agent.load_state_dict(evaluation.read_pt("runs/grid/best.pt")["agent"])
+    with torch.no_grad():
+        action = agent(**{name: torch.as_tensor(x) for name, x in dataset.obs(slice(None)).items()})
+    np.testing.assert_allclose(dataset["action"], action, atol=1e-5)
 
 
-def test_demonstrations_of_another_grid_are_refused(dataset):
-    with pytest.raises(UserError, match=r"corridor\.npz: is for grid_size 16, not 32; change --env-kwargs"):
-        bc.train(settings_of(dataset, env_kwargs={"grid_size": 32}))
+ERRORS = {
+    "--env-kwargs grid_size 32": r"corridor\.npz: is for grid_size 20, not 32; change --env-kwargs",
+    "--norm-obs True": r"a grid policy needs --norm-obs False, an even --num-rays and three --cnn-channels",
+    "--num-rays 3": r"a grid policy needs --norm-obs False, an even --num-rays and three --cnn-channels",
+    "--cnn-channels 8 8": r"a grid policy needs --norm-obs False, an even --num-rays and three --cnn-channels",
+}
+
+
+def test_grid_errors(corridor, refused):
+    for flags, message in ERRORS.items():
+        refused(f"train --dataset corridor {flags}", message)

@@ -1,4 +1,4 @@
-"""What the README shows of the code and of the policies is what they are."""
+"""The commands, code, links and pictures of README.md, CONTRIBUTING.md and runs/README.md are right."""
 
 import ast
 import difflib
@@ -6,179 +6,239 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import tyro
-from PIL import Image
+from helpers import placeholder_export
+
+from envs import BUNDLED, check_kwargs, cli, constructor_parameters, run
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import gif  # noqa: E402
-
+DOCS = ("README.md", "CONTRIBUTING.md", "runs/README.md")
 README = (ROOT / "README.md").read_text()
+SCRIPTS = ("ppo_continuous", "ppo_residual", "ppo_grid_socnav", "bc_pretrain")
+sys.path.insert(0, str(ROOT / "tools"))
 
 
-def blocks(language):
-    """The README's fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(text, language):
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-# The diff of ppo_continuous.py and ppo_residual.py
+# The commands
 
 
-def algorithm(path):
-    """Numbers of the first and the last line between a script's settings and its train()."""
+def code(name):
+    """The indented lines and the inline code of a document; a command that goes on in the next line is one line."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / name).read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r" \\\n +", " ", text)
+    return re.findall(r"^    (.*)$", text, re.MULTILINE) + [" ".join(x.split()) for x in re.findall(r"`([^`]+)`", text)]
+
+
+def commands():
+    """(script or tool, its arguments) of every command of ours, with values for the variables of the shell."""
+    values = {"S": "1000", "ENV": "HalfCheetah-v5"}
+    for line in code("README.md"):
+        if assignment := re.fullmatch(r'(\w+)="(.*)"', line):
+            values[assignment[1]] = assignment[2]
+    found = []
+    for line in [line for name in DOCS for line in code(name)]:
+        line = re.sub(r"\$\(\(.*?\)\)", "901000", line).replace(" ...", "")
+        line = re.sub(r"\$(\w+)", lambda variable: values[variable[1]], line)
+        match = re.match(
+            r"((?:\w+=\w+ )?(?:python|torchrun|sbatch) .*?)?((?:tools/)?\w+\.(?:py|sbatch))(?: (.*))?$", line
+        )
+        if match and (match[1] or match[3]) and match[2] != "tinyphysics.py" and " -c " not in line:
+            found.append((match[2], tuple(shlex.split(match[3] or "", comments=True))))
+    return list(dict.fromkeys(found))
+
+
+class Parsed(Exception):  # noqa: N818 (it is no error)
+    """The settings of a command line: a script or tool stops here."""
+
+
+def then_stop(parse):
+    def parse_and_stop(*args, **kwargs):
+        raise Parsed(parse(*args, **kwargs))
+
+    return parse_and_stop
+
+
+@pytest.mark.parametrize(("script", "argv"), commands(), ids=lambda x: x if isinstance(x, str) else " ".join(x))
+def test_a_command_is_understood(script, argv, monkeypatch, tmp_path):
+    """Its flags and values are valid, and an environment takes its arguments. Files need not exist."""
+    assert (ROOT / script).is_file()
+    module = import_module("ppo_grid_socnav" if script.endswith(".sbatch") else Path(script).stem)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    monkeypatch.setattr(cli, "read_checkpoint", lambda *args, **kwargs: {"args": {}})  # --resume
+    monkeypatch.setattr(cli, "read_json", lambda path: {})  # --config
+    if "--help" in argv:
+        with pytest.raises(SystemExit, match="0"):
+            cli.parse(module.Args)
+        return
+    if hasattr(module, "PRESETS"):
+        args = cli.parse(module.Args)
+    else:
+        for owner, name in ((tyro, "cli"), (tyro.extras, "subcommand_cli_from_dict")):
+            monkeypatch.setattr(owner, name, then_stop(getattr(owner, name)))
+        with pytest.raises(Parsed) as parsed:
+            module.main()
+        args = parsed.value.args[0]
+    for name in ("env_kwargs", "eval_env_kwargs"):
+        kwargs, env_id = getattr(args, name, {}), getattr(args, "env_id", None)
+        assert not kwargs or any(accepts(known, kwargs) for known in ([env_id] if env_id in BUNDLED else BUNDLED))
+
+
+def accepts(env_id, kwargs):
+    cls = gym.envs.registration.load_env_creator(gym.spec(env_id).vector_entry_point)
+    try:
+        check_kwargs(constructor_parameters(cls), kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def test_every_flag_that_is_named_exists():
+    tools = {path.stem for path in (ROOT / "tools").glob("*.py")} - {"bench_sb3"}  # has no flags, but a further package
+    modules = [import_module(name) for name in (*SCRIPTS, *tools)]
+    settings = {f.name for module in modules for x in vars(module).values() if is_dataclass(x) for f in fields(x)}
+    flags = {f"--{no}{name.replace('_', '-')}" for name in settings for no in ("", "no-")}
+    others = {
+        *("--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),  # torchrun
+        *("--nodes", "--cpus-per-task", "--index-url", "--check", "--logdir", "--help"),
+        *("--model_path", "--data_path", "--num_segs", "--controller"),  # of tinyphysics.py
+    }
+    for name in DOCS:
+        lines = [line.split(" # ")[0] for line in code(name)]
+        named = {flag for line in lines for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", line)}
+        assert not named - flags - others, name
+
+
+# Code
+
+
+def between_presets_and_train(path):
+    """The numbers of the first and the last line between a script's PRESETS and its train()."""
     body = ast.parse(path.read_text()).body
     names = [getattr(node, "name", getattr(getattr(node, "target", None), "id", None)) for node in body]
-    return body[names.index("TUNED")].end_lineno + 1, body[names.index("train")].lineno - 1
+    return body[names.index("PRESETS")].end_lineno + 1, body[names.index("train")].lineno - 1
 
 
-def hunks_between(old, new):
-    """The hunks of `diff -U1` of two scripts in what lies between their settings and train(), a list of lines each."""
-    first, last = algorithm(old)
-    hunks, texts = [], (path.read_text().splitlines() for path in (old, new))
+def real_diff():
+    """`diff -U1` of ppo_continuous.py and ppo_residual.py between PRESETS and train(), without line numbers."""
+    old, new = ROOT / "ppo_continuous.py", ROOT / "ppo_residual.py"
+    first, last = between_presets_and_train(old)
+    lines, shown = [], False
+    texts = (path.read_text().splitlines() for path in (old, new))
     for line in list(difflib.unified_diff(*texts, n=1, lineterm=""))[2:]:
         if line.startswith("@@"):
-            begin = int(re.match(r"@@ -(\d+)", line)[1])
-            hunks.append((begin, []))
-        else:
-            hunks[-1][1].append(line.rstrip())
-    return [lines for begin, lines in hunks if first <= begin <= last]
+            shown = first <= int(re.match(r"@@ -(\d+)", line)[1]) <= last
+            line = "@@"
+        if shown:
+            lines.append(f"{line.rstrip()}\n")
+    return "".join(lines)
 
 
 def test_the_diff_of_the_two_scripts_is_the_real_one():
-    (block,) = blocks("diff")
-    real = hunks_between(ROOT / "ppo_continuous.py", ROOT / "ppo_residual.py")
-    expected = "".join("@@\n" + "".join(f"{line}\n" for line in lines) for lines in real)
-    assert block == expected
+    assert blocks(README, "diff") == [real_diff()]
 
 
-def test_hunks_in_the_settings_and_in_train_are_left_out(tmp_path):
-    source = "TUNED: dict = {%s}\n\n\ndef f():\n    return %s\n\n\ndef train():\n    return %s\n"
-    old, new = tmp_path / "old.py", tmp_path / "new.py"
-    old.write_text(source % ("", 1, 2))
-    new.write_text(source % ("'a': 1", 3, 4))
-    assert hunks_between(old, new) == [[" def f():", "-    return 1", "+    return 3", ""]]
-
-
-# Pictures
-
-
-def shown():
-    """{file: line} of the tools/gif.py commands."""
-    lines = re.findall(r"^ +python (tools/gif\.py .* --output docs/.*)$", README, re.MULTILINE)
-    return {gif_args(line).output: line for line in lines}
-
-
-def gif_args(line):
-    return tyro.cli(gif.Args, args=shlex.split(line, comments=True)[1:])
-
-
-def test_every_picture_in_docs_is_shown_and_every_gif_has_its_command():
-    pictures = set(re.findall(r"!\[[^\]]+\]\((docs/[^)]+)\)", README))
-    assert pictures == {str(path.relative_to(ROOT)) for path in (ROOT / "docs").iterdir()}
-    assert {name for name in pictures if name.endswith(".gif")} == set(shown())
-
-
-@pytest.mark.parametrize("name", shown())
-def test_a_gif_is_small_and_what_its_command_makes(name):
-    """As far as can be told without OpenGL."""
-    args, path = gif_args(shown()[name]), ROOT / name
-    assert Path(args.policy).name == path.stem
-    assert path.stat().st_size < 1e6
-    with Image.open(path) as image:
-        assert image.is_animated
-        assert image.info["loop"] == 0
-        assert image.width == args.width
-        holds = 0
-        for i in range(image.n_frames):
-            image.seek(i)
-            holds += image.info["duration"] == gif.HOLD
-        assert holds == args.episodes
-
-
-# The notebook
-
-
-DRIVER = """
-import _thread, json, pathlib, sys, threading, time, types
-
-
-def interrupt():
-    # Python drops an interruption that comes in a destructor: a person whose training goes on presses again
-    progress, lines = pathlib.Path("runs/notebook/progress.csv"), 2  # with two updates there is something to go on from
-    while "stopped" not in globals():
-        now = progress.read_text().count("\\n") if progress.exists() else 0
-        if now > lines:
-            _thread.interrupt_main()
-            time.sleep(0.3)
-        lines = max(lines, now)
-        time.sleep(0.02)
-
-
-names, shown = {}, []
-train, *others, picture = json.loads(sys.argv[1])
-threading.Thread(target=interrupt, daemon=True).start()
-try:
-    exec(train, names)
-except KeyboardInterrupt:
-    stopped = json.loads(pathlib.Path("runs/notebook/summary.json").read_text())
-for cell in others:
-    exec(cell, names)
-display = types.SimpleNamespace(Image=lambda name: shown.append(pathlib.Path(name).read_bytes()[:3].decode()))
-sys.modules |= {"IPython": types.SimpleNamespace(display=display), "IPython.display": display}
-exec(picture, names)
-(curve,) = names["plt"].gca().lines
-told = {"stopped": stopped, "curve": curve.get_xydata().tolist(), "shown": shown}
-print(json.dumps({**told, "summary": names["summary"], "result": names["result"]}))
-"""
-
-
-def test_the_cells_of_the_notebook_work(tmp_path):
-    """In a process of their own, shorter, the first one interrupted; what a notebook sends to the shell goes there."""
-    section = README[README.index("### In a notebook") :]
-    cells = [cell for cell in re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)][:4]
+def test_the_cells_of_the_notebook_work(tmp_path, monkeypatch):
+    """Shorter, and the first one is interrupted; the commands for the shell are only parsed."""
+    pytest.importorskip("matplotlib").use("agg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "export_onnx", placeholder_export)
+    cells = blocks(README[README.index("### In a notebook") :], "python")[:4]
     assert "train(args)" in cells[0]
-    cells[0] = cells[0].replace("total_timesteps=128_000", "total_timesteps=51_200, eval_episodes=10")
-    shell = 'import subprocess, sys; subprocess.run([sys.executable, *"\\1".split()], check=True)'
-    cells = [re.sub(r"^!python (.*)$", shell, cell, flags=re.MULTILINE) for cell in cells]
-    (tmp_path / "tools").symlink_to(ROOT / "tools")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
-    line = [sys.executable, "-c", DRIVER, json.dumps(cells)]
-    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert (tmp_path / "runs/notebook/interrupted.pt").exists()
-    assert told["stopped"]["status"] == "interrupted"
-    assert 6_400 <= told["stopped"]["steps"] < 51_200
-    assert (told["summary"]["status"], told["summary"]["steps"]) == ("completed", 51_200)
-    assert told["summary"]["resumed_from_step"] == told["stopped"]["steps"]
-    assert (told["result"]["episodes"], told["result"]["policy"]) == (10, "runs/notebook")
-    assert told["shown"] == ["GIF"]
-    curve = np.array(told["curve"])
-    np.testing.assert_array_equal(curve[:, 0], np.arange(6_400, 51_201, 6_400))
-    assert np.isfinite(curve[:, 1]).tolist() == [False, True] * 4
+    cells[0] = cells[0].replace("total_timesteps=128_000", "total_timesteps=25_600, eval_episodes=10")
+    (shell,) = re.findall(r"^!python tools/(\w+)\.py (.*)$", cells[3], re.MULTILINE)
+    tyro.cli(import_module(shell[0]).Args, args=shell[1].split())
+
+    def interrupt():
+        progress = Path("runs/notebook/progress.csv")
+        while not (progress.exists() and progress.read_text().count("\n") > 1):
+            time.sleep(0.02)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    names = {}
+    exec(cells[0], names)
+    assert names["summary"]["status"] == "interrupted"
+    steps = names["summary"]["steps"]
+    assert steps < 25_600
+    exec(cells[1], names)
+    assert (names["summary"]["status"], names["summary"]["steps"]) == ("completed", 25_600)
+    assert names["summary"]["resumed_from_step"] == steps
+    exec(cells[2], names)
+    (curve,) = names["plt"].gca().lines
+    np.testing.assert_array_equal(curve.get_xdata(), np.arange(6_400, 25_601, 6_400))
+    assert np.isfinite(curve.get_ydata()).tolist() == [False, True] * 2
+    names["plt"].close()
 
 
-# CONTRIBUTING.md
+def test_the_commands_for_the_challenge_fine_tune_a_clone(tmp_path, monkeypatch):
+    """Shorter, and with the embedded dynamics."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "export_onnx", placeholder_export)
+    section = README[README.index("With the challenge's files") : README.index("### Deploy in the challenge")]
+    lines = re.findall(
+        r"^    python (\w+)\.py (.*?) (?:--env-kwargs \$FILES)?$", section.replace("clone\n", "clone \n"), re.M
+    )
+    assert [name for name, _ in lines] == ["bc_pretrain", "bc_pretrain", "ppo_continuous"]
+    for (name, line), shorter in zip(lines, ("--episodes 4", "--dry-run", "--dry-run")):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *line.split(), *shorter.split()])
+        script = import_module(name)
+        summary = script.train(cli.parse(script.Args)) if name == "ppo_continuous" else script.main()
+    config = json.loads((Path(summary["run"]) / "config.json").read_text())
+    assert config["args"] == config["args"] | {"gae_lambda": 1.0, "critic_warmup_updates": 5}
+    assert list(config["parents"]) == ["runs/lateral_clone/best.pt"]
 
 
-def test_the_environment_of_the_guide_keeps_the_contract_and_trains(tmp_path):
+def test_the_environment_of_the_guide_keeps_the_contract_and_trains(tmp_path, monkeypatch):
     guide = (ROOT / "CONTRIBUTING.md").read_text()
-    (block,) = re.findall(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    (block,) = blocks(guide, "python")
     (tmp_path / "reach.py").write_text(block)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (contract,) = re.findall(r"^    pytest (tests/test_contract.py --env-id .*)$", guide, re.MULTILINE)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    commands = re.findall(r"^    (pytest|python) (.* --env-id reach:.*)$", guide, re.MULTILINE)
-    assert [program for program, _ in commands] == ["pytest", "python"]
-    (_, contract), (_, training) = commands
-    for line in (f"-m pytest -p no:cacheprovider {ROOT}/{contract}", f"{ROOT}/{training} --dry-run"):
-        line = line.replace("--total-timesteps 50000 ", "")
-        done = subprocess.run(
-            [sys.executable, *line.split()], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert "best policy at step 2,048" in done.stdout
+    line = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *f"{ROOT}/{contract}".split()]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    (training,) = re.findall(r"^    python (ppo_\w+)\.py (.* --?.*reach:.*|.*reach:.*)$", guide, re.MULTILINE)
+    script = import_module(training[0])
+    summary = script.train(cli.parse(script.Args, [*training[1].split(), "--total-timesteps", "4096"]))
+    config = json.loads((Path(summary["run"]) / "config.json").read_text())
+    assert (summary["status"], config["env_id"]) == ("completed", "reach:Reach-v0")
+
+
+# Links and pictures
+
+
+def test_links_lead_to_files_and_headings_and_every_picture_is_shown():
+    shown = set()
+    for name in DOCS:
+        text = (ROOT / name).read_text()
+        headings = [
+            re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.M)
+        ]
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if link.startswith("#"):
+                assert link[1:] in headings, link
+            elif not link.startswith("http"):
+                assert (ROOT / name).parent.joinpath(link).exists(), link
+                shown.add(link)
+    pictures = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*") if path.suffix in (".gif", ".png")}
+    assert pictures <= shown

@@ -17,7 +17,7 @@ exec "$@"
 # Trains until it is told to stop, if it is to be slow; what it leaves says how it ended
 TRAINING = """#!/bin/bash
 echo "$(basename "$0") $*" >> called
-[[ $* == *--evaluate* ]] && exit 0
+[[ $* == *evaluate.py* ]] && exit 0
 run=$(sed -E 's/.*(--run-name|--resume) ([^ ]*).*/\\2/' <<< "$*")
 run=runs/$(basename "$run")
 mkdir -p "$run"
@@ -64,8 +64,7 @@ def called(folder):
 
 
 EVALUATED = (
-    "python ppo_grid_socnav.py --evaluate runs/socnav_seed1000 --eval-episodes 270 --eval-seed 901000 "
-    "--json runs/socnav_seed1000/test.json"
+    "python tools/evaluate.py runs/socnav_seed1000 --episodes 270 --seed 901000 --json runs/socnav_seed1000/test.json"
 )
 
 
@@ -112,5 +111,5 @@ def test_what_fails_is_not_queued_again(cluster, tmp_path):
 def test_processes_on_two_nodes_meet_on_the_first(cluster, tmp_path):
     assert cluster(PROCESSES="4", SLURM_NNODES="2", SLURM_JOB_NODELIST="node[7-8]").wait(timeout=20) == 0
     training = called(tmp_path)[1]
-    assert training.startswith("torchrun --nnodes 2 --nproc-per-node 4 --max-restarts 3 --rdzv-backend c10d")
+    assert training.startswith("torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d")
     assert "--rdzv-endpoint node7:24711 --rdzv-id 4711 ppo_grid_socnav.py --seed 1000" in training

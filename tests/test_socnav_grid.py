@@ -1,5 +1,4 @@
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from envs.socnav.environment import SocNavGrid
 from envs.socnav.grid import CHANNELS, OccupancyGrid
 from envs.socnav.scenarios import Scenario
 from envs.socnav.starts import World
-from ppo_grid_socnav import GridAgent, pack, ray_table, unpack
 
 
 def make_world(*scenarios):
@@ -221,60 +219,3 @@ def test_the_environment_draws_what_was_asked_for(size, resolution):
         maps = [vec.world.names.index(name)]
         expected = draw(vec.world, [pose], ("obstacles", "near", "pedestrians"), size, resolution, people, maps)[0]
         np.testing.assert_array_equal(obs["grid"][i], expected)
-
-
-# Ranges: what ppo_grid_socnav.py reads from a plane
-
-
-def closeness(planes, rays):
-    table = ray_table(planes.shape[-1], rays)
-    return GridAgent.closeness(SimpleNamespace(table=table), torch.as_tensor(planes.copy())).numpy()
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([8, 16, 64]), st.sampled_from([4, 8, 36]), st.floats(0, 0.2))
-def test_ranges_are_those_of_a_march_along_each_ray(seed, size, rays, density):
-    planes = (np.random.default_rng(seed).uniform(size=(3, 2, size, size)) < density).astype(np.uint8)
-    found = closeness(planes, rays).reshape(3, 2, rays)
-    for robot in range(3):
-        for plane in range(2):
-            for ray in range(rays):
-                angle, expected = 2 * math.pi * (ray + 0.5) / rays, 0.0
-                for step in range(size // 2):
-                    x, y = ((step + 0.5) * f(angle) + size / 2 for f in (math.cos, math.sin))
-                    if planes[robot, plane, math.floor(y), math.floor(x)]:
-                        expected = 1 - step / (size // 2)
-                        break
-                assert found[robot, plane, ray] == pytest.approx(expected)
-
-
-def test_turning_the_grid_a_quarter_shifts_the_rays_a_quarter():
-    planes = (np.random.default_rng(0).uniform(size=(50, 1, 64, 64)) < 0.03).astype(np.uint8)
-    rays = closeness(planes, 36)
-    for quarter in (1, 2, 3):
-        turned = closeness(np.rot90(planes, quarter, axes=(2, 3)), 36)
-        np.testing.assert_array_equal(turned, np.roll(rays, -9 * quarter, axis=1))
-
-
-def test_swapping_left_and_right_reverses_the_rays():
-    planes = (np.random.default_rng(0).uniform(size=(50, 1, 64, 64)) < 0.03).astype(np.uint8)
-    for rays in (36, 14, 2):
-        np.testing.assert_array_equal(closeness(np.flip(planes, 2), rays), closeness(planes, rays)[:, ::-1])
-
-
-def test_rays_begin_ahead_and_turn_left():
-    plane = np.zeros((1, 1, 64, 64), np.uint8)
-    plane[0, 0, 32 + 10, 31:33] = 1  # 10 cells to the left
-    assert np.flatnonzero(closeness(plane, 36)[0]).tolist() == [8, 9]  # 85 and 95 degrees
-    assert closeness(plane, 36)[0, 8:10] == pytest.approx(1 - 10 / 32)
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 9))
-def test_packed_cells_are_the_same_again(seed, rows, eighths):
-    cells = torch.as_tensor(np.random.default_rng(seed).integers(0, 2, (rows, 8 * eighths)))
-    packed = pack(cells.to(torch.uint8))
-    assert packed.shape == (rows, eighths)
-    assert packed.min() >= 0
-    assert packed.max() <= 255
-    np.testing.assert_array_equal(unpack(packed, 8 * eighths), cells)
-    np.testing.assert_array_equal(unpack(packed.float(), 8 * eighths), cells)  # a rollout keeps them as floats

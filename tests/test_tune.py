@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import tune
 
-from envs.files import UserError
+from envs import UserError
 
 ROOT = Path(__file__).parents[1]
 SWEEP = """
@@ -90,7 +90,8 @@ def test_a_sweep_that_is_not_there(tmp_path):
 
 
 def evaluation(step, value, **metrics):
-    return {"step": step, "mean_return": value, "success_rate": None, "failure_rate": 0.2, "metrics": metrics}
+    figures = {"mean_return": value, "mean_length": 9.0, "success_rate": None, "failure_rate": 0.2}
+    return {"step": step, **figures, "metrics": metrics}
 
 
 CURVE = [evaluation(100, 1.0), evaluation(200, 5.0), evaluation(400, 3.0), evaluation(500, 4.0)]
@@ -120,10 +121,8 @@ def test_constraints_are_read_off_the_evaluation_that_counts(tmp_path):
     assert tune.violations(sweep, curve, best=curve[0]) == pytest.approx(broken)
 
 
-def test_contacts_of_both_kinds_are_one_rate():
-    contacts = evaluation(1, 1.0, pedestrian_collision=0.1, obstacle_collision=0.05)
-    assert tune.measured(contacts, "collision_rate") == pytest.approx(0.15)
-    with pytest.raises(UserError, match=r"no figure 'success_rate'; there are mean_return, failure_rate"):
+def test_a_figure_that_an_evaluation_does_not_have():
+    with pytest.raises(UserError, match=r"no figure 'success_rate'; there are failure_rate, mean_return"):
         tune.measured(evaluation(1, 1.0), "success_rate")
 
 
@@ -253,13 +252,11 @@ def test_a_metric_that_does_not_exist_shows_at_the_first_evaluation(tmp_path):
     args = tune.Args(sweep=path, run_root=str(tmp_path / "runs"))
     with pytest.raises(UserError, match="evaluations have no figure 'snqi'"):
         tune.tune(args)
-    write(tmp_path, SWEEP.replace("trials = 3", "trials = 1"))  # mended, the study goes on
-    assert tune.tune(args) is not None
 
 
 def test_a_script_that_refuses_its_settings_ends_the_study(tmp_path):
     path = write(tmp_path, SWEEP.replace("minibatch_size = 64", "minibatch_size = 100"))
-    with pytest.raises(UserError, match=r"trial_000: --minibatch-size must be .* not 100"):
+    with pytest.raises(UserError, match=r"trial_000: --minibatch-size must be .* divide num_envs"):
         tune.tune(tune.Args(sweep=path, run_root=str(tmp_path / "runs")))
 
 

@@ -16,50 +16,46 @@ The file says what to train:
     "as it comes" = {}
     "no normalisation" = { norm_obs = false }
 
-Runs are ordinary ones, runs/ablations/<file>/<variant>__seed<seed>, each with its test.json (--evaluate, which plays
+Runs are ordinary ones, runs/ablations/<file>/<variant>__seed<seed>, each with its test.json (tools/evaluate.py, of
 the best policy by validation); summary.md beside them is the table, of the seeds that all variants have. A difference
 is the mean over the seeds of what a variant gains in the same episodes; its interval, of Student's t over the seeds,
 holds how training scatters.
 """
 
+import contextlib
 import json
 import math
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
+import filelock
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench_results import student_t
 from compare_runs import origin
-from tune import OURS, ROOT, flags, stop, types_of
+from tune import OURS, ROOT, flags, from_content, stop, types_of
 
-from envs import command
-from envs.contents import shown
-from envs.files import UserError, lock, read_json, require, sha256, write_whole
-from envs.rollout import paired_gain
-from envs.run import find_checkpoint
-from envs.signals import signals_held
+from envs import UserError, matches
+from envs.cli import one_line_errors, parse
+from envs.evaluation import paired_gain, read_json, sha256
+from envs.run import read_checkpoint, setup, to_json, write_file
 
 POLL = 0.2  # s between two looks at the running processes
-NOT_A_VARIANT = (*OURS, "seed", "compare_base")  # settings that are not for the file to say
+NOT_A_VARIANT = (*OURS, "seed")  # settings that are not for the file to say
 THE_TASK = ("env_id", "eval_env_kwargs")  # settings that all variants share, or else they play other episodes
-PLAYED = {"success_rate": float | None, "mean_return": float}
-TESTED = {
-    **{**PLAYED, "per_episode": [{"return": float, "success": bool | None}], "episodes": int, "seed": int},
-    **{"sha256": str, "base?": PLAYED},
-}
 
 
 @dataclass
@@ -95,11 +91,7 @@ def load_ablation(path: str) -> Ablation:
     for name in ("script", "variants"):
         if name not in content:
             raise UserError(f"{path}: {name} is missing; --help shows how it is written")
-    known = [f.name for f in fields(Ablation)]
-    for name in content:
-        if name not in known:
-            raise UserError(f"{path}: unknown {shown(name)}; there are {', '.join(known)}")
-    ablation = command.args_from(Ablation, content, path)
+    ablation = from_content(Ablation, content, path)
     require_possible(ablation, path)
     return ablation
 
@@ -122,8 +114,8 @@ def require_possible(ablation: Ablation, path: str) -> None:
         for name, value in given.items():
             if name not in types or name in NOT_A_VARIANT or (name in THE_TASK and given is not ablation.args):
                 raise UserError(f"{path}: {name} is no setting of {ablation.script} for a variant; see its --help")
-            if not command.fits(tuple(value) if isinstance(value, list) else value, types[name]):
-                raise UserError(f"{path}: {name} cannot be {shown(value)}; see {ablation.script}.py --help")
+            if not matches(value, types[name]):
+                raise UserError(f"{path}: {name} cannot be {value!r}; see {ablation.script}.py --help")
 
 
 def settings_of(ablation: Ablation, variant: dict) -> dict:
@@ -134,6 +126,16 @@ def settings_of(ablation: Ablation, variant: dict) -> dict:
 
 def folder_name(variant: str, seed: int) -> str:
     return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', variant)}__seed{seed}"
+
+
+@contextlib.contextmanager
+def lock(path: Path, busy: str) -> Iterator[None]:
+    """Raises UserError with this message if another process holds the lock."""
+    try:
+        with filelock.FileLock(path, timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(busy) from None
 
 
 class Job:
@@ -147,7 +149,7 @@ class Job:
         self.line = flags({**settings_of(ablation, ablation.variants[variant]), **place}, types_of(ablation.script))
         module = import_module(ablation.script)
         try:
-            self.args = command.checked(command.parse(module.Args, module.Args.tuned, argv=self.line))
+            self.args, _ = setup(parse(module.Args, self.line))
         except UserError as error:
             raise UserError(f"{variant}: {error}") from error
 
@@ -164,26 +166,28 @@ class Job:
         if not self.trained():
             with lock(self.folder / ".lock", f"{self.folder}: still being trained; wait for its end, or stop it"):
                 try:
-                    find_checkpoint(str(self.folder), say=False)
+                    read_checkpoint(str(self.folder), quiet=True)
                 except UserError:
                     shutil.rmtree(self.folder)
                     return [*self.script, *self.line]
             return [*self.script, "--resume", str(self.folder)]
         if self.result() is None:
             seed, episodes = self.ablation.eval_seed + self.seed, self.ablation.eval_episodes
-            line = [*self.script, "--evaluate", str(self.folder), "--json", str(self.folder / "test.json")]
-            line += ["--eval-seed", str(seed), "--eval-episodes", str(episodes)]
+            line = [sys.executable, str(ROOT / "tools" / "evaluate.py"), str(self.folder)]
+            line += ["--json", str(self.folder / "test.json"), "--seed", str(seed), "--episodes", str(episodes)]
             line += ["--env-id", self.args.env_id] if ":" in self.args.env_id else []
+            if self.args.eval_env_kwargs:
+                line += flags({"env_kwargs": self.args.eval_env_kwargs}, {"env_kwargs": dict})
             return [*line, *["--compare-base"] * (self.ablation.script == "ppo_residual")]
         return None
 
     def require_ours(self) -> None:
         """Raises UserError if the run that is there is of another script or of other settings than are asked now."""
-        config, wanted = read_json(self.folder / "config.json"), json.loads(json.dumps(asdict(self.args), default=str))
+        config, wanted = read_json(self.folder / "config.json"), json.loads(json.dumps(to_json(asdict(self.args))))
         found = config.get("args", {})
         names = [name for name in wanted if name not in OURS and found.get(name) != wanted[name]]
         if config.get("script") != self.ablation.script or names:
-            differ = ", ".join(f"{name} {shown(found.get(name))}" for name in names) or config.get("script")
+            differ = ", ".join(f"{name} {found.get(name)!r}" for name in names) or config.get("script")
             raise UserError(f"{self.folder}: is of other settings ({differ}); remove it, or rename the variant")
 
     def trained(self) -> bool:
@@ -196,7 +200,6 @@ class Job:
         if not (file.exists() and policy.exists()):
             return None
         test = read_json(file)
-        require(test, TESTED, file, "remove it, and it is made again")
         asked = self.ablation.eval_episodes or test["episodes"]
         ours = (self.ablation.eval_seed + self.seed, asked, asked, sha256(policy))
         return test if (test["seed"], test["episodes"], len(test["per_episode"]), test["sha256"]) == ours else None
@@ -224,9 +227,8 @@ def run_all(jobs: list[Job], at_a_time: int, tell: Callable[[], None]) -> list[s
                 job = waiting.pop()
                 line = job.next_command()
                 if line is not None:
-                    with signals_held():  # or a process that was just started would be left behind
-                        job.start(line)
-                        running.append(job)
+                    job.start(line)
+                    running.append(job)
             time.sleep(POLL)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
@@ -241,8 +243,7 @@ def run_all(jobs: list[Job], at_a_time: int, tell: Callable[[], None]) -> list[s
                     print(f"{job.folder}: evaluated", file=sys.stderr)
                     tell()
     finally:
-        with signals_held():
-            stop([job.process for job in running])
+        stop([job.process for job in running])
     return failed
 
 
@@ -307,7 +308,7 @@ def ablate(args: Args) -> str:
     folder.mkdir(parents=True, exist_ok=True)
 
     def tell() -> None:
-        write_whole(folder / "summary.md", summary(ablation, jobs).encode())
+        write_file(folder / "summary.md", summary(ablation, jobs).encode())
 
     with lock(folder / ".lock", f"{folder}: another process trains there; wait for its end, or stop it"):
         # Seed by seed, so that there is a table of the first seeds soon
@@ -318,9 +319,10 @@ def ablate(args: Args) -> str:
     return summary(ablation, jobs)
 
 
-@command.command_line()
 def main() -> None:
-    print(ablate(tyro.cli(Args, description=__doc__)), end="")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs are stopped
+    with one_line_errors():
+        print(ablate(tyro.cli(Args, description=__doc__)), end="")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ from bench_ppo import Ppo, bench_ppo, learn_rows, speed_rows
 from bench_results import finished, table
 from bench_runs import Memory, Scaling, bench_memory, bench_scaling, memory_rows, scaling_rows
 
-from envs import command
-from envs.files import UserError
+from envs import UserError
+from envs.cli import one_line_errors
 
 ROWS = {"envs": env_rows, "speed": speed_rows, "learn": learn_rows, "scaling": scaling_rows, "memory": memory_rows}
 
@@ -55,13 +55,13 @@ def bench_report(args: Report) -> None:
     print(table([row for kind, rows in ROWS.items() for row in rows(found[kind])], results))
 
 
-@command.command_line()
 def main() -> None:
-    args = tyro.cli(Envs | Memory | Ppo | Report | Scaling, description=__doc__)
     benches: dict[type, Callable] = {
         Envs: bench_envs, Memory: bench_memory, Ppo: bench_ppo, Report: bench_report, Scaling: bench_scaling
     }  # fmt: skip
-    benches[type(args)](args)
+    with one_line_errors():
+        args = tyro.cli(Envs | Memory | Ppo | Report | Scaling, description=__doc__)
+        benches[type(args)](args)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,9 @@ import onnxruntime
 import torch
 from bench_results import Row, measured, number, place, spread, table
 
-import envs
-import ppo_continuous
-import ppo_grid_socnav
-import ppo_residual
-from envs import ballbot, command, lateral, lateral_model, rollout, run, so101
-from envs.files import UserError
+from envs import UserError, ballbot, check_flat_box, lateral, lateral_model, make_vec, so101
+from envs.evaluation import Policy, is_policy_path, load_script, make_scripted_policy, read_policy
+from envs.run import SET_BY_SCRIPT
 from envs.socnav.dynamics import rotate
 from envs.socnav.environment import SocNavGrid
 from envs.socnav.grid import OccupancyGrid
@@ -46,42 +43,33 @@ class Envs:
     """folder with one JSON file a measurement; what is there is not measured again"""
 
 
-def make_policy(name: str, vec) -> rollout.Policy:
+def make_policy(name: str, vec) -> Policy:
     """A scripted controller, or the policy in a file with its base."""
-    if not run.is_policy_path(name):
-        return rollout.scripted(name, vec)
-    policy = run.load_policy(name)
+    if not is_policy_path(name):
+        return make_scripted_policy(name, vec)
+    policy = read_policy(name)
     if isinstance(vec, SocNavGrid):
-        return SocNavPolicy(policy, vec, name)
-    script = ppo_residual if policy["kind"] == "residual" else ppo_continuous
-    args = replace(script.Args(env_id=policy["env_id"]), **policy["args"])
-    agent = script.residual_agent(vec, args) if script is ppo_residual else script.make_agent(vec, args)
-    run.load_agent(agent, policy, args, name)
-    if script is ppo_continuous:
-        return rollout.Deployed(agent)
-    return ppo_residual.Corrected(agent, rollout.scripted(args.base_policy, vec), args, vec.single_action_space)
+        return SocNavPolicy(policy, vec)
+    return load_script(policy["script"]).load_policy(policy, vec)
 
 
 class SocNavPolicy:
     """A trained policy beside an environment whose grid may have other channels than its own: it gets its own one."""
 
-    def __init__(self, policy: dict, vec: SocNavGrid, name: str):
-        args = command.args_from(ppo_grid_socnav.Args, policy["args"], name)
-        own = envs.make_vec(args.env_id, 1, training=False, split="test", **args.env_kwargs)
-        agent = ppo_grid_socnav.make_grid_agent(own, args)
-        run.load_agent(agent, policy, args, name)
-        self.deployed, self.vec = rollout.Deployed(agent), vec
+    def __init__(self, policy: dict, vec: SocNavGrid):
+        own = make_vec(policy["env_id"], 1, training=False, split="test", **policy["env_kwargs"])
+        self.policy, self.vec = load_script(policy["script"]).load_policy(policy, own), vec
         self.grid = OccupancyGrid(vec.world, vec.num_envs, own.grid.channels, own.grid.size, own.grid.resolution)
 
     def __call__(self, obs: dict) -> np.ndarray:
         position = self.vec.crowd.position - self.vec.pose[:2, :, None]
         position = rotate(position, torch.cos(self.vec.pose[2])[:, None], -torch.sin(self.vec.pose[2])[:, None])
-        return self.deployed({**obs, "grid": self.grid(self.vec.place.maps, self.vec.pose, position).numpy()})
+        return self.policy({**obs, "grid": self.grid(self.vec.place.maps, self.vec.pose, position).numpy()})
 
 
 def steps_per_second(args: Envs, num_envs: int) -> tuple[float, float]:
     """Wall clock over base policy, observation, reward, autoreset and physics; and the same without the policy."""
-    vec = envs.make_vec(args.env_id, num_envs, threads=args.threads, training=True, **args.env_kwargs)
+    vec = make_vec(args.env_id, num_envs, threads=args.threads, training=True, **args.env_kwargs)
     policy = make_policy(args.policy, vec)
     obs, _ = vec.reset(seed=0)
     if hasattr(policy, "reset"):
@@ -100,13 +88,14 @@ def steps_per_second(args: Envs, num_envs: int) -> tuple[float, float]:
 
 def bench_envs(args: Envs) -> None:
     """Raises UserError for settings that cannot be measured."""
-    command.check_env_kwargs(args.env_kwargs)
+    if taken := [name for name in SET_BY_SCRIPT if name in args.env_kwargs]:
+        raise UserError(f"{taken[0]} is not for --env-kwargs: the tool sets it; leave it out")
     if min(args.repeats, args.threads, *args.num_envs) < 1 or not args.seconds > 0:
         raise UserError("--repeats, --threads and --num-envs must be at least 1, and --seconds above 0")
     args = replace(args, env_id=args.env_id.removeprefix("envs:"))
-    vec = envs.make_vec(args.env_id, 1, **args.env_kwargs)
+    vec = make_vec(args.env_id, 1, **args.env_kwargs)
     if not isinstance(vec, SocNavGrid):
-        envs.require_flat_box(vec)
+        check_flat_box(vec)
     make_policy(args.policy, vec)
     torch.set_num_threads(args.threads if isinstance(vec, SocNavGrid) else 1)
     asked = {name: value for name, value in vars(args).items() if name != "out"}
@@ -153,7 +142,7 @@ def env_rows(results: list[dict]) -> list[Row]:
 def beside_ballbot(args: Envs) -> dict[str, Any]:
     """A plain loop over one robot, as the published environment steps (RK4, observation and reward in Python), beside
     the largest batch."""
-    vec = envs.make_vec(args.env_id, 1, training=True, **{**args.env_kwargs, "action_repeat": 1})
+    vec = make_vec(args.env_id, 1, training=True, **{**args.env_kwargs, "action_repeat": 1})
     model = vec.models[0]
     model.opt.integrator = mujoco.mjtIntegrator.mjINT_RK4
     return beside_one_robot(args, vec, partial(plain_ballbot, vec, model), "a plain loop over one robot, RK4,")
@@ -161,7 +150,7 @@ def beside_ballbot(args: Envs) -> dict[str, Any]:
 
 def beside_so101(args: Envs) -> dict[str, Any]:
     """A plain loop over one arm with MuJoCo's own bindings, beside the largest batch."""
-    vec = envs.make_vec(args.env_id, 1, training=True, **args.env_kwargs)
+    vec = make_vec(args.env_id, 1, training=True, **args.env_kwargs)
     return beside_one_robot(args, vec, partial(plain_so101, vec), "a plain loop over one arm")
 
 
@@ -178,7 +167,7 @@ def beside_one_robot(args: Envs, vec: Any, plain: Callable, loop: str) -> dict[s
     return {"unit": "steps/s", "where": where, "loop": loop, "ours": ours, "theirs": theirs}
 
 
-def plain_so101(vec: so101.SO101Paper, policy: rollout.Policy, seconds: float) -> float:
+def plain_so101(vec: so101.SO101Paper, policy: Policy, seconds: float) -> float:
     """Steps a second of one arm, without what its policy takes: observation, reward and success in Python."""
     model = copy(vec.model)
     data = mujoco.MjData(model)
@@ -218,7 +207,7 @@ def plain_so101(vec: so101.SO101Paper, policy: rollout.Policy, seconds: float) -
     return steps / spent
 
 
-def plain_ballbot(vec: ballbot.Ballbot, model: mujoco.MjModel, policy: rollout.Policy, seconds: float) -> float:
+def plain_ballbot(vec: ballbot.Ballbot, model: mujoco.MjModel, policy: Policy, seconds: float) -> float:
     """Steps a second of one robot, without what its policy takes."""
     data, spent, steps, action = mujoco.MjData(model), 0.0, 0, np.zeros(3)
     start = vec.qpos[0].copy()
@@ -252,7 +241,7 @@ def beside_lateral(args: Envs) -> dict[str, Any]:
     """Whole segments a second: the official simulator's loop, one car and all rows of a segment, and ours with 64 cars
     and the scored steps only; and the share of its time that ours spends in the ONNX model."""
     path = args.env_kwargs.get("model_path") or lateral.EMBEDDED
-    vec = envs.make_vec(args.env_id, 64, training=False, split="train", threads=args.threads, **args.env_kwargs)
+    vec = make_vec(args.env_id, 64, training=False, split="train", threads=args.threads, **args.env_kwargs)
     whole_model = onnxruntime.InferenceSession(path, single_threaded(), providers=["CPUExecutionProvider"])
     theirs, ours, share = [], [], []
     for repeat in range(args.repeats):

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -21,11 +21,11 @@ import torch
 from bench_envs import make_policy
 from bench_results import Row, grouped, measured, number, place, spread, student_t, table
 
-import envs
 import ppo_continuous
 import ppo_residual
-from envs import command, rollout, run
-from envs.files import UserError
+from envs import BUNDLED, UserError, check_flat_box, make_vec
+from envs.evaluation import Policy, evaluate, figures, read_json
+from envs.run import Run, setup
 
 
 @dataclass
@@ -54,7 +54,7 @@ OURS, COMPILED, TUNED, SB3 = "ours", "ours, --compile", "ours as tuned", "Stable
 # Gymnasium's environments: Stable-Baselines3's own defaults, with as many environments as ours have
 SETTINGS = {
     "num_envs": 8, "num_steps": 256, "minibatch_size": 64, "update_epochs": 10, "learning_rate": 3e-4,
-    "anneal_lr": False, "weight_decay": 0.0, "gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2, "clip_value": True,
+    "anneal_lr": False, "weight_decay": 0.0, "gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2, "clip_vloss": True,
     "ent_coef": 0.0, "vf_coef": 0.5, "max_grad_norm": 0.5, "target_kl": None, "norm_obs": True, "norm_reward": True,
     "norm_adv": True, "init_log_std": 0.0, "hidden_sizes": (64, 64), "total_timesteps": 300_000,
 }  # fmt: skip
@@ -73,26 +73,31 @@ LAST_100 = "last 100 training episodes"
 
 def settings(env_id: str, contender: str, seed: int, total: int | None = None) -> Any:
     """The Args of one run, of the script whose task it is."""
-    if env_id not in envs.OURS:
+    if env_id not in BUNDLED:
         args = ppo_continuous.Args(env_id=env_id, **SETTINGS)
     elif env_id == "SO101Paper-v0":
-        args = ppo_residual.Args.tuned()
+        args = ppo_residual.Args.from_preset()
     else:
-        args = ppo_continuous.Args.tuned(env_id)
+        args = ppo_continuous.Args.from_preset(env_id=env_id)
     if contender != TUNED:
-        args = replace(args, **SHARED)
+        args = replace(args, **{name: x for name, x in SHARED.items() if hasattr(args, name)})
     total = args.total_timesteps if total is None else total
     return replace(args, seed=seed, total_timesteps=total, compile=contender == COMPILED, checkpoint_every=0)
+
+
+def changed(args: Any, other: Any) -> list[str]:
+    """Names of the fields in which two Args differ."""
+    return [field.name for field in fields(args) if getattr(args, field.name) != getattr(other, field.name)]
 
 
 def contenders(env_id: str) -> tuple[str, ...]:
     """Who learns in an environment: ours as tuned only where that is more than the settings that both sides have."""
     shared, tuned = (settings(env_id, contender, seed=0) for contender in (OURS, TUNED))
-    extras = [name for name in command.changed(shared, tuned) if name not in ("eval_every", "eval_episodes")]
+    extras = [name for name in changed(shared, tuned) if name not in ("eval_every", "eval_episodes")]
     return (OURS, SB3, TUNED) if extras else (OURS, SB3)
 
 
-def train(contender: str, args: Any) -> tuple[list, list, rollout.Policy]:
+def train(contender: str, args: Any) -> tuple[list, list, Policy]:
     """One run.
 
     Returns:
@@ -108,13 +113,13 @@ def train(contender: str, args: Any) -> tuple[list, list, rollout.Policy]:
     return train_ours(args)
 
 
-def train_ours(args: Any) -> tuple[list, list, rollout.Policy]:
+def train_ours(args: Any) -> tuple[list, list, Policy]:
     """The script's own train(), files and all."""
     marks, episodes = [], []
 
-    class Marked(run.Run):
-        def log(self, step: int, recent: Any, finished: list[dict], *others: Any) -> None:
-            super().log(step, recent, finished, *others)
+    class Marked(Run):
+        def log(self, step: int, stats: dict, finished: list[dict], *others: Any) -> None:
+            super().log(step, stats, finished, *others)
             marks.append((time.process_time(), time.perf_counter()))
             episodes.extend((episode["step"], episode["return"], episode["length"]) for episode in finished)
 
@@ -123,10 +128,10 @@ def train_ours(args: Any) -> tuple[list, list, rollout.Policy]:
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
-        patch.object(run, "Run", Marked),
+        patch.object(script, "Run", Marked),
     ):
         summary = script.train(replace(args, run_root=folder))
-        policy = make_policy(summary["run"], envs.make_vec(args.env_id, 1, **args.env_kwargs))
+        policy = make_policy(summary["run"], make_vec(args.env_id, 1, **args.env_kwargs))
     return marks, episodes, policy
 
 
@@ -150,7 +155,7 @@ def workers(processes: int) -> Iterator[ProcessPoolExecutor]:
 def speed(contender: str, args: Any) -> dict[str, float]:
     """Steps a second of CPU time and of wall clock, warm-up and evaluation left out."""
     marks = np.array(train(contender, args)[0])
-    steps = command.steps_per_rollout(args) * (len(marks) - 2 - WARM_UP)  # our last iteration ends with an evaluation
+    steps = args.steps_per_iteration * (len(marks) - 2 - WARM_UP)  # our last iteration ends with an evaluation
     cpu, wall = steps / (marks[-2] - marks[WARM_UP])
     return {"cpu": cpu, "wall": wall}
 
@@ -167,7 +172,7 @@ def bench_speed(args: Ppo) -> None:
             for contender in (SB3, OURS, COMPILED):
                 one = settings(env_id, contender, seed=repeat)
                 # two more: ours mark the end of an iteration, the first after the warm-up; and the last one evaluates
-                total = (WARM_UP + 2 + args.rollouts) * command.steps_per_rollout(one)
+                total = (WARM_UP + 2 + args.rollouts) * one.steps_per_iteration
                 # without a target both sides make the same number of gradient steps, whatever they learn
                 one = replace(one, total_timesteps=total, target_kl=None)
                 asked = {"env_id": env_id, "contender": contender, "rollouts": args.rollouts, "args": asdict(one)}
@@ -203,12 +208,12 @@ def learn(contender: str, args: Any) -> dict[str, Any]:
     begin = time.process_time()
     _, episodes, policy = train(contender, args)
     cpu_s = time.process_time() - begin
-    evaluation = rollout.evaluate(policy, replace(args, eval_episodes=EPISODES, eval_seed=900_000 + args.seed), "test")
-    batch = command.steps_per_rollout(args)
+    evaluation = evaluate(policy, replace(args, eval_episodes=EPISODES, eval_seed=900_000 + args.seed), "test")
+    batch = args.steps_per_iteration
     return {
         "steps": args.total_timesteps // batch * batch,
         "cpu_s": round(cpu_s, 1),
-        "evaluation": rollout.figures(evaluation),
+        "evaluation": figures(evaluation),
         "episodes": episodes,
     }
 
@@ -230,7 +235,7 @@ def bench_learn(args: Ppo) -> None:
         for done, future in enumerate(as_completed(missing), start=1):
             future.result()
             print(f"{done}/{len(missing)}: {missing[future]}", file=sys.stderr, flush=True)
-    results = [run.read_json(file) for file in runs]
+    results = [read_json(file) for file in runs]
     for group in grouped(results, "env_id").values():
         print(learning_table(group) + "\n")
     print(table(learn_rows(results), results))
@@ -242,7 +247,7 @@ def measures(result: dict) -> dict[str, float]:
     """What counts of a run: figures of its evaluation, and in Gymnasium's environments its last training episodes."""
     last = {LAST_100: statistics.fmean(episode[1] for episode in result["episodes"][-100:])}
     own = MEASURES.get(result["env_id"], ("mean_return",))
-    return {**({} if result["env_id"] in envs.OURS else last), **{name: result["evaluation"][name] for name in own}}
+    return {**({} if result["env_id"] in BUNDLED else last), **{name: result["evaluation"][name] for name in own}}
 
 
 def by_contender(results: list[dict]) -> dict[str, list[dict]]:
@@ -339,7 +344,7 @@ def bench_ppo(args: Ppo) -> None:
         raise UserError('tools/bench.py ppo needs Stable-Baselines3: pip install -e ".[bench]"') from None
     args = replace(args, env_id=tuple(env_id.removeprefix("envs:") for env_id in args.env_id))
     other = ("repeats", "rollouts") if args.learn else ("seeds", "total_timesteps", "processes", "png")
-    for name in command.changed(args, Ppo()):
+    for name in changed(args, Ppo()):
         if name in other:
             where = "without" if args.learn else "with"
             raise UserError(f"--{name.replace('_', '-')} works only {where} --learn; leave it out")
@@ -347,6 +352,6 @@ def bench_ppo(args: Ppo) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     for env_id in args.env_id:  # before any process starts
-        command.checked(settings(env_id, OURS, 0, args.total_timesteps))
-        envs.require_flat_box(envs.make_vec(env_id, 1))
+        setup(settings(env_id, OURS, 0, args.total_timesteps))
+        check_flat_box(make_vec(env_id, 1))
     bench_learn(args) if args.learn else bench_speed(args)

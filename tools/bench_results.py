@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from envs import run
+from envs.evaluation import read_json
 
 
 class Row(NamedTuple):
@@ -58,12 +59,12 @@ def measured(file: Path, asked: dict, measure: Callable[[], dict]) -> dict:
         file.parent.mkdir(parents=True, exist_ok=True)
         run.write_json(file, {**asked, "about": about(), **measure()})
         print(file, file=sys.stderr, flush=True)
-    return run.read_json(file)
+    return read_json(file)
 
 
 def finished(out: str, kind: str) -> list[dict]:
     """All measurements of a kind."""
-    return [run.read_json(file) for file in sorted((Path(out) / kind).glob("*.json"))]
+    return [read_json(file) for file in sorted((Path(out) / kind).glob("*.json"))]
 
 
 def grouped(results: list[dict], *names: str) -> dict[tuple, list[dict]]:

@@ -1,5 +1,6 @@
 """Training scripts as they run: their memory over time, and their speed with environments and ranks."""
 
+import csv
 import os
 import shlex
 import statistics
@@ -16,8 +17,7 @@ from typing import Any
 
 from bench_results import Row, grouped, measured, number, place, spread, table
 
-from envs import run
-from envs.files import UserError
+from envs import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 # An evaluation has environments of its own: several of them come within the first minute, which does not count
@@ -27,7 +27,7 @@ RUNS = {
     "ppo_continuous": "ppo_continuous.py",
     "ppo_continuous-Ballbot": f"ppo_continuous.py --env-id Ballbot-v0 {EARLY}",
     "ppo_grid_socnav": f"ppo_grid_socnav.py --threads 1 {EARLY}",
-    "bc_pretrain": "bc_pretrain.py train --dataset bench --epochs 1000000 --patience 1000000",
+    "bc_pretrain": "bc_pretrain.py train --dataset bench --epochs 16384 --patience 16384",
 }
 DEMONSTRATIONS = "bc_pretrain.py collect --dataset bench --policy ik --env-id SO101Paper-v0 --episodes 50"
 WARM_UP = 3  # rollouts that scaling leaves out
@@ -175,7 +175,8 @@ def scaling(num_envs: int, ranks: int, rollouts: int) -> dict[str, float]:
         with started([*launch, *command_of(f"{line} {rest}", folder)], folder) as process:
             if process.wait() != 0:
                 raise ended(f"{line} on {ranks} ranks" if ranks else line, process, folder)
-        return {"wall": steady_rate(run.read_progress(Path(folder) / "bench" / "progress.csv"))}
+        with open(Path(folder) / "bench" / "progress.csv", newline="", encoding="utf-8") as file:
+            return {"wall": steady_rate(list(csv.DictReader(file)))}
 
 
 def steady_rate(progress: list[dict]) -> float:

@@ -1,8 +1,8 @@
 """Training with Stable-Baselines3 as our scripts train: the same environments, the same settings, the same evaluation.
 
 What it calls otherwise is translated in `sb3_settings`, and where it means something else by a name, so that both sides
-minimise the same loss and stop at the same point. What remains different is how the two are made: it normalises
-observations and rewards step by step (VecNormalize), ours once a rollout; and with --clip-value it takes the clipped
+minimize the same loss and stop at the same point. What remains different is how the two are made: it normalizes
+observations and rewards step by step (VecNormalize), ours once a rollout; and with --clip-vloss it takes the clipped
 error, ours the larger of both.
 """
 
@@ -17,10 +17,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-import envs
 import ppo_residual
-from envs import command, rollout
 from envs.batch_env import BatchEnv, GymVec
+from envs.evaluation import Policy, make_base_policy
+from envs.run import make_train_envs
 
 Act = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (obs (N, O), action (N, A)) -> the environment's action (N, A)
 
@@ -88,15 +88,15 @@ def unit_actions(vec: BatchEnv, args: Any) -> Act:
     """What an action in [-1, 1] means: a share of the environment's range, or a correction of the base policy."""
     space = vec.single_action_space
     if isinstance(args, ppo_residual.Args):
-        base_policy = rollout.frozen(args.base_policy, vec)
-        return lambda obs, action: ppo_residual.correct(base_policy(obs), action, args, space)
+        base_policy, scale = make_base_policy(args.base_policy, vec), args.alpha * args.residual_scale
+        return lambda obs, action: ppo_residual.apply_residual(base_policy(obs), action, scale, space)
     center, scale = (space.high + space.low) / 2, (space.high - space.low) / 2
     return lambda obs, action: center + scale * np.clip(action, -1, 1)
 
 
 def iterations(args: Any) -> int:
     """Whole rollouts, as our scripts take them."""
-    return args.total_timesteps // command.steps_per_rollout(args)
+    return args.num_iterations
 
 
 def sb3_settings(args: Any) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def sb3_settings(args: Any) -> dict[str, Any]:
         "gamma": args.gamma,
         "gae_lambda": args.gae_lambda,
         "clip_range": args.clip_coef,
-        "clip_range_vf": args.clip_coef if args.clip_value else None,
+        "clip_range_vf": args.clip_coef if args.clip_vloss else None,
         "normalize_advantage": args.norm_adv,
         "ent_coef": args.ent_coef,
         "vf_coef": args.vf_coef / 2,  # of the squared error; ours is of its half
@@ -128,8 +128,8 @@ def sb3_settings(args: Any) -> dict[str, Any]:
 
 
 def make_env(args: Any) -> tuple[VecNormalize, Act]:
-    """The environments, normalised as args say, and what their actions mean."""
-    vec = envs.make_training(args)
+    """The environments, normalized as args say, and what their actions mean."""
+    vec = make_train_envs(args)
     if isinstance(vec, GymVec):  # as a user of Stable-Baselines3 makes them
         vec.close()
         env, act = make_vec_env(args.env_id, args.num_envs, seed=args.seed), lambda obs, action: action
@@ -157,7 +157,7 @@ class Marked(BaseCallback):
         return True
 
 
-def train_sb3(args: Any) -> tuple[list, list, rollout.Policy]:
+def train_sb3(args: Any) -> tuple[list, list, Policy]:
     """A run with the settings of one of our scripts.
 
     Returns:
@@ -165,7 +165,7 @@ def train_sb3(args: Any) -> tuple[list, list, rollout.Policy]:
     """
     env, act = make_env(args)
     ppo = PPO("MlpPolicy", env, **sb3_settings(args))
-    marked = Marked(command.steps_per_rollout(args) // (args.num_envs * args.num_steps))
+    marked = Marked(args.steps_per_iteration // (args.num_envs * args.num_steps))
     # whole rollouts, or it would end with one more
     ppo.learn(iterations(args) * args.num_envs * args.num_steps, callback=marked)
 

@@ -11,9 +11,10 @@ Or weigh runs that began from a clone against runs from scratch: what both reach
 A run has converged at the first of `--window` validation evaluations in a row that meet the criterion. One that never
 does has taken more than its budget: it stays in the mean with its budget, which is then a bound and marked as such.
 
-A run's test figures are those of `--evaluate runs/<run> --json runs/<run>/test.json`.
+A run's test figures are those of `tools/evaluate.py runs/<run> --json runs/<run>/test.json`.
 """
 
+import csv
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +24,10 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs.command import command_line
-from envs.contents import COUNT
-from envs.files import UserError, read_json, read_jsonl, read_progress, require, write_json, write_whole
-from envs.rollout import LOWER_IS_BETTER, figures
-from envs.run import PARENTS
+from envs import UserError
+from envs.cli import one_line_errors
+from envs.evaluation import LOWER_IS_BETTER, figures, read_json
+from envs.run import read_jsonl, write_file, write_json
 
 RESAMPLES = 10_000  # of a bootstrap
 FEWEST = 3  # runs of which one says anything
@@ -57,29 +57,6 @@ class Args:
     """with --png: also draw the training episodes, whose reward may be another than that of the published task"""
 
 
-# What a run's files hold, as far as it is shown
-TESTED = {
-    **{"success_rate?": float | None, "mean_return?": float, "metrics?": {str: float | None}},
-    "per_episode?": (type(None), [{"total_cost?": float}]),
-}
-FILES = {
-    "config": {
-        **{"args": dict, "git_commit": str | None, "hardware": str, "python": str, "packages": {str: str}},
-        "parents?": PARENTS,
-    },
-    "summary": {
-        **{"steps?": COUNT, "wall_time_s?": float, "converged_at_step?": int | None, "run?": str, "status?": str},
-        **{"best?": {**TESTED, "step?": COUNT}, "sha256": {str: str}},
-    },
-    "test": {**TESTED, "sha256?": str, "base?": TESTED, "gain?": {"gain?": float}},
-}
-COMPARED = {
-    **{"config": {"parents": PARENTS}, "summary": {"steps": COUNT, "best": {"metrics": dict}}},
-    "test": (type(None), {"metrics": dict}),
-}
-FIGURES = {"mean_return": float, "mean_length": float, "success_rate": float | None, "metrics": {str: float | None}}
-
-
 def read_run(path: str) -> dict:
     """config, summary, test (or None), progress and evaluations of a run.
 
@@ -93,15 +70,12 @@ def read_run(path: str) -> dict:
     if not files["config"].is_file():
         raise UserError(f"{path}: has no config.json, which says what it ran with")
     run = {name: read_json(file) if file.exists() else None for name, file in files.items()}
-    for name, content in run.items():
-        if content is not None:
-            require(content, FILES[name], files[name], "restore it, or leave the run out")
     if run["test"] is not None and run["test"].get("sha256") != run["summary"]["sha256"].get("best.pt"):
         print(f"{path}: test.json is of another best.pt; evaluate again", file=sys.stderr)
         run["test"] = None
-    progress, evaluations = read_progress(folder / "progress.csv"), read_jsonl(folder / "evaluations.jsonl")
-    require({"evaluations": evaluations}, {"evaluations": [FIGURES]}, folder / "evaluations.jsonl", "restore it")
-    return {**run, "progress": progress, "evaluations": evaluations}
+    with open(folder / "progress.csv", newline="", encoding="utf-8") as file:
+        progress = list(csv.DictReader(file))
+    return {**run, "progress": progress, "evaluations": read_jsonl(folder / "evaluations.jsonl")}
 
 
 def table(runs: list[dict]) -> str:
@@ -207,7 +181,6 @@ def charges(run: dict) -> tuple[int, int]:
     owed, seen, name = {"demonstrations": 0, "experts": 0}, set(), run["summary"]["run"]
 
     def add(parents: dict) -> None:
-        require(parents, PARENTS, f"{name}: config.json: parents", "restore it")
         for path, parent in parents.items():
             about = parent["config"]
             if not path.endswith((".pt", ".npz")) or parent["sha256"] in seen:
@@ -215,10 +188,8 @@ def charges(run: dict) -> tuple[int, int]:
             seen.add(parent["sha256"])
             if about is None:
                 raise UserError(f"{name}: nothing says how many steps {path} took; keep it in its run directory")
-            told = {"played": {"env_steps": COUNT}} if path.endswith(".npz") else {"script": str}
-            require(about, {**told, "parents?": PARENTS}, f"{name}: config.json: {path}", "restore it")
             if path.endswith(".npz"):
-                owed["demonstrations"] += about["played"]["env_steps"]
+                owed["demonstrations"] += about["totals"]["env_steps"]
             elif about["script"] != "bc_pretrain":  # a clone's own steps are passes over demonstrations
                 if parent.get("steps") is None:
                     raise UserError(f"{name}: {path} is of a run without a summary.json; let it finish")
@@ -271,15 +242,12 @@ def finals(runs: list[dict], of: str) -> dict[str, dict]:
 def require_alike(baseline: list[dict], pretrained: list[dict]) -> None:
     """Raises UserError unless all runs are complete, differ from one another, and were judged alike."""
     runs = [*baseline, *pretrained]
-    for run in runs:
-        require(run["summary"], {"run": str, "status": str}, "a run's summary.json", "restore it, or leave the run out")
     names = [str(Path(run["summary"]["run"])) for run in runs]
     for run, name in zip(runs, names):
         if run["summary"]["status"] != "completed":
             raise UserError(f"{name}: {run['summary']['status']}; compare complete runs, or finish it with --resume")
         if names.count(name) > 1:
             raise UserError(f"{name}: named more than once")
-        require(run, COMPARED, name, "restore its files, or leave the run out")
     for run, name in zip(baseline, names):
         if run["config"]["args"].get("pretrained") is not None:
             raise UserError(f"{name}: began from a policy, so it is no run for --baseline")
@@ -419,9 +387,8 @@ def check(args: Args) -> None:
         raise UserError(f"--window must be at least 1, not {args.window}")
 
 
-@command_line()
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+def run(args: Args) -> None:
+    """Print the table or the comparison, and write its files."""
     check(args)
     if args.runs:
         runs = [read_run(path) for path in args.runs]
@@ -440,8 +407,13 @@ def main() -> None:
         folder = Path(args.run_root) / "comparisons"
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{args.group}.json", found)
-        write_whole(folder / f"{args.group}.md", f"# {args.group}\n\n{text}\n".encode())
+        write_file(folder / f"{args.group}.md", f"# {args.group}\n\n{text}\n".encode())
         draw(arms, folder / f"{args.group}.png", with_training=False)
+
+
+def main() -> None:
+    with one_line_errors():
+        run(tyro.cli(Args, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -29,12 +29,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import envs
-from envs.command import command_line
-from envs.files import UserError, write_whole
+from envs import UserError
+from envs.cli import one_line_errors
+from envs.evaluation import make_scripted_policy, rollout
 from envs.lateral import EMBEDDED, MAX_JUMP, MAX_STEER
 from envs.lateral_model import BINS
 from envs.lateral_segments import CONTEXT, DT, SYNTHETIC
-from envs.rollout import rollout, scripted
+from envs.run import write_file
 
 Values = TypeVar("Values", float, np.ndarray, torch.Tensor)
 
@@ -262,7 +263,7 @@ def export(network: Network, path: Path) -> None:
     model = program.model_proto
     for part in [model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output]:
         part.ClearField("metadata_props")  # where in the exporter's source it came from: half of the file
-    write_whole(path, model.SerializeToString())
+    write_file(path, model.SerializeToString())
 
 
 def report(path: Path, network: Network, unseen: tuple[torch.Tensor, ...]) -> None:
@@ -284,7 +285,7 @@ def report(path: Path, network: Network, unseen: tuple[torch.Tensor, ...]) -> No
         mode = "absolute" if name == "pid" else "delta"
         options = {"training": False, "split": "test", "action_mode": mode, "model_path": str(path)}
         vec = envs.make_vec("LateralControl-v0", episodes, **options)
-        costs = [result["total_cost"] for result in rollout(scripted(name, vec), vec, episodes, seed=0)]
+        costs = [result["total_cost"] for result in rollout(make_scripted_policy(name, vec), vec, episodes, seed=0)]
         print(f"{name}: mean total_cost {np.mean(costs):.1f}, median {np.median(costs):.1f}, {episodes} test segments")
 
 
@@ -303,22 +304,22 @@ def step_response(network: Network, v: float, size: float = 0.2, steps: int = 60
     return ((y[0, steps:] - y[0, steps - 1]) / size).numpy()
 
 
-@command_line()
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    path = Path(args.output)
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder; choose another --output")
-    if args.cars * (args.steps - CONTEXT) < 2 * args.batch_size:
-        raise UserError("fewer samples than two batches; more --cars or --steps, or a smaller --batch-size")
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    begin = time.perf_counter()
-    data = drive(args, np.random.default_rng([args.seed, 0]), wild=True)
-    network = train(args, data)
-    export(network, path)
-    print(f"{path} from {len(data[0])} samples in {time.perf_counter() - begin:.0f} s")
-    report(path, network, drive(args, np.random.default_rng([args.seed, 1]), wild=False))
+    with one_line_errors():
+        args = tyro.cli(Args, description=__doc__)
+        path = Path(args.output)
+        if not path.parent.is_dir():
+            raise UserError(f"{path.parent}: no such folder; choose another --output")
+        if args.cars * (args.steps - CONTEXT) < 2 * args.batch_size:
+            raise UserError("fewer samples than two batches; more --cars or --steps, or a smaller --batch-size")
+        torch.set_num_threads(args.threads)
+        torch.manual_seed(args.seed)
+        begin = time.perf_counter()
+        data = drive(args, np.random.default_rng([args.seed, 0]), wild=True)
+        network = train(args, data)
+        export(network, path)
+        print(f"{path} from {len(data[0])} samples in {time.perf_counter() - begin:.0f} s")
+        report(path, network, drive(args, np.random.default_rng([args.seed, 1]), wild=False))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 
 1. `collect` lets a policy drive and keeps the depth images that it comes by.
 2. `Autoencoder` squeezes an image through 20 numbers and draws it again: encoder and mirrored decoder.
-3. `train` minimises the mean squared error of the drawing on 80 % of the images; the encoder with the smallest error
+3. `train` minimizes the mean squared error of the drawing on 80 % of the images; the encoder with the smallest error
    on the other 20 %, which come from other episodes, is written. TensorBoard shows losses and drawings.
 """
 
@@ -26,12 +26,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import envs
+from envs import UserError, make_vec
 from envs.ballbot import IMAGE_EVERY, OBS_HIGH, Ballbot
 from envs.ballbot_depth import CODE, DepthEncoder, save_encoder
-from envs.command import command_line
-from envs.files import UserError
-from envs.rollout import Policy, scripted
+from envs.cli import one_line_errors
+from envs.evaluation import NonFiniteError, Policy, make_scripted_policy
 
 
 @dataclass
@@ -83,7 +82,7 @@ def make_policy(args: Args) -> Policy:
         return RandomActions(args.seed)
     if args.policy not in Ballbot.controllers and not args.policy.endswith(".onnx"):
         raise UserError(f"--policy must be random, {', '.join(Ballbot.controllers)} or PATH.onnx, not {args.policy}")
-    return scripted(args.policy, envs.make_vec("Ballbot-v0", 1))
+    return make_scripted_policy(args.policy, make_vec("Ballbot-v0", 1))
 
 
 def collect(args: Args) -> tuple[Tensor, Tensor]:
@@ -93,7 +92,7 @@ def collect(args: Args) -> tuple[Tensor, Tensor]:
     repeat = getattr(policy, "env_kwargs", {}).get("action_repeat", 1)
     size, proprioception = args.depth_size, len(OBS_HIGH)
     settings = {"depth_size": size, "terrain_height": args.terrain_height, "action_repeat": repeat}
-    vec = envs.make_vec("BallbotDepth-v0", args.num_envs, training=False, threads=args.threads, **settings)
+    vec = make_vec("BallbotDepth-v0", args.num_envs, training=False, threads=args.threads, **settings)
     obs, _ = vec.reset(seed=args.seed)
     if hasattr(policy, "reset"):
         policy.reset(np.arange(args.num_envs), vec)
@@ -146,7 +145,7 @@ def train(args: Args, training: Tensor, validation: Tensor, writer: SummaryWrite
         autoencoder.train()
         total = 0.0
         for batch in training[torch.randperm(len(training))].split(args.batch_size):
-            if len(batch) == 1:  # has no variance to normalise by
+            if len(batch) == 1:  # has no variance to normalize by
                 continue
             optimizer.zero_grad()
             loss = (autoencoder(batch) - batch).square().mean()
@@ -155,7 +154,7 @@ def train(args: Args, training: Tensor, validation: Tensor, writer: SummaryWrite
             total += loss.item() * len(batch)
         error = rmse(autoencoder, validation)
         if not np.isfinite(error):
-            raise FloatingPointError(f"the error is not finite after epoch {epoch}; try a lower --learning-rate")
+            raise NonFiniteError(f"the error is not finite after epoch {epoch}; try a lower --learning-rate")
         waited = 0 if error < best_error else waited + 1
         if error < best_error:
             best, best_error = deepcopy(autoencoder), error
@@ -170,38 +169,40 @@ def train(args: Args, training: Tensor, validation: Tensor, writer: SummaryWrite
     return best, best_error
 
 
-@command_line()
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    path = Path(args.output)
-    for name in ("frames", "num_envs", "epochs", "patience", "batch_size", "threads"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.batch_size < 2:
-        raise UserError("--batch-size must be at least 2, which batch normalisation needs")
-    if not args.learning_rate > 0:
-        raise UserError(f"--learning-rate must be above 0, not {args.learning_rate}")
-    if path.suffix != ".pt" or path.is_dir():
-        raise UserError(f"--output must be a file that ends in .pt, not {path}")
-    if args.num_envs < 5:
-        raise UserError("--num-envs must be at least 5, of which 4 train and 1 validates")
-    if args.depth_size < 4 or args.depth_size % 4:
-        raise UserError(f"--depth-size must be a multiple of 4, not {args.depth_size}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    with one_line_errors():
+        args = tyro.cli(Args, description=__doc__)
+        path = Path(args.output)
+        for name in ("frames", "num_envs", "epochs", "patience", "batch_size", "threads"):
+            if getattr(args, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+        if args.batch_size < 2:
+            raise UserError("--batch-size must be at least 2, which batch normalization needs")
+        if not args.learning_rate > 0:
+            raise UserError(f"--learning-rate must be above 0, not {args.learning_rate}")
+        if path.suffix != ".pt" or path.is_dir():
+            raise UserError(f"--output must be a file that ends in .pt, not {path}")
+        if args.num_envs < 5:
+            raise UserError("--num-envs must be at least 5, of which 4 train and 1 validates")
+        if args.depth_size < 4 or args.depth_size % 4:
+            raise UserError(f"--depth-size must be a multiple of 4, not {args.depth_size}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(args.threads)
+        torch.manual_seed(args.seed)
 
-    begin = time.perf_counter()
-    training, validation = collect(args)
-    print(f"{len(training)} + {len(validation)} images in {time.perf_counter() - begin:.0f} s", flush=True)
-    with SummaryWriter(path.with_suffix("")) as writer:
-        autoencoder, error = train(args, training, validation, writer)
-    mean = (validation - training.mean(0)).square().mean().sqrt().item()
-    about = {"rmse": error, "rmse_of_mean_image": mean, "frames": len(training) + len(validation)}
-    save_encoder(path, autoencoder.encoder, **about, seed=args.seed)
-    took = time.perf_counter() - begin
-    print(f"{path}: RMSE {1000 * error:.1f} mm on images of other episodes; the mean image has {1000 * mean:.1f} mm")
-    print(f"{took:.0f} s; use it with --env-id BallbotDepth-v0 --env-kwargs encoder {path}")
+        begin = time.perf_counter()
+        training, validation = collect(args)
+        print(f"{len(training)} + {len(validation)} images in {time.perf_counter() - begin:.0f} s", flush=True)
+        with SummaryWriter(path.with_suffix("")) as writer:
+            autoencoder, error = train(args, training, validation, writer)
+        mean = (validation - training.mean(0)).square().mean().sqrt().item()
+        about = {"rmse": error, "rmse_of_mean_image": mean, "frames": len(training) + len(validation)}
+        save_encoder(path, autoencoder.encoder, **about, seed=args.seed)
+        took = time.perf_counter() - begin
+        print(
+            f"{path}: RMSE {1000 * error:.1f} mm on images of other episodes; the mean image has {1000 * mean:.1f} mm"
+        )
+        print(f"{took:.0f} s; use it with --env-id BallbotDepth-v0 --env-kwargs encoder {path}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ sweep.toml says what to try, and what counts:
     trials = 12
     metric = "mean_return"               # success_rate, failure_rate, collision_rate, or one of the task such as snqi
     objective = "best_checkpoint"        # its value at best.pt; final_eval, last_n_mean, auc: over the evaluations
-    # direction = "maximize"             # if not given, as the metric has it: costs and contacts are minimised
+    # direction = "maximize"             # if not given, as the metric has it: costs and contacts are minimized
     # infeasible = "penalize"            # or "prune": how a trial that breaks a constraint is told to the sampler
 
     [args]                               # the settings of every trial
@@ -47,22 +47,21 @@ import time
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs import command
-from envs.contents import COUNT, is_one, shown
-from envs.files import UserError, read_json, read_jsonl, write_whole
-from envs.rollout import LOWER_IS_BETTER, figures
-from envs.signals import signals_held
+from envs import UserError, matches
+from envs.cli import one_line_errors
+from envs.evaluation import LOWER_IS_BETTER, figures, read_json
+from envs.run import read_jsonl, write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PENALTY, PER_VIOLATION = 1e6, 1e3  # worse than any figure that a feasible trial can have
-OURS = ("run_root", "run_name", "resume", "evaluate", "json", "render", "config", "dry_run", "capture_video")
+OURS = ("run_root", "run_name", "resume", "config", "dry_run", "capture_video")
 POLL = 0.5  # s between two looks at the running trials
 
 
@@ -115,26 +114,33 @@ def load_sweep(path: str) -> Sweep:
     for name in ("script", "metric", "space"):
         if name not in content:
             raise UserError(f"{path}: {name} is missing; --help shows how it is written")
-    known = {f.name for f in fields(Sweep)}
-    for name in content:
-        if name not in known:
-            raise UserError(f"{path}: unknown {shown(name)}; there are {', '.join(sorted(known))}")
-    sweep = command.args_from(Sweep, content, path)
+    sweep = from_content(Sweep, content, path)
     require_settings(sweep, path)
     for name, ends in (("trials", 1), ("last_n", 1)):
         if getattr(sweep, name) < ends:
             raise UserError(f"{path}: {name} must be at least {ends}, not {getattr(sweep, name)}")
     for name in sweep.constraints:
         if not name.endswith(("_max", "_min")):
-            raise UserError(f"{path}: a constraint is METRIC_max or METRIC_min, not {shown(name)}")
+            raise UserError(f"{path}: a constraint is METRIC_max or METRIC_min, not {name!r}")
     if not 0 <= sweep.seed < 2**31:
-        raise UserError(f"{path}: seed must be 0 or more, and below 2**31, not {shown(sweep.seed)}")
+        raise UserError(f"{path}: seed must be 0 or more, and below 2**31, not {sweep.seed!r}")
     for name, value in sweep.pruning.items():
         if name not in ("first_trials", "first_evaluations"):
             raise UserError(f"{path}: unknown pruning.{name}; there are first_trials and first_evaluations")
-        if value not in COUNT:
-            raise UserError(f"{path}: pruning.{name} must be 0 or more, not {shown(value)}")
+        if value < 0:
+            raise UserError(f"{path}: pruning.{name} must be 0 or more, not {value}")
     return sweep
+
+
+def from_content(cls: type, content: dict, path: str) -> Any:
+    """An instance of a dataclass. Raises UserError for an unknown name or a value of the wrong type."""
+    types = {f.name: f.type for f in fields(cls)}
+    for name, value in content.items():
+        if name not in types:
+            raise UserError(f"{path}: unknown {name!r}; there are {', '.join(types)}")
+        if not matches(value, types[name]):
+            raise UserError(f"{path}: {name} cannot be {value!r}")
+    return cls(**content)
 
 
 def require_settings(sweep: Sweep, path: str) -> None:
@@ -148,13 +154,13 @@ def require_settings(sweep: Sweep, path: str) -> None:
         if "choices" in space and not (isinstance(space["choices"], list) and space["choices"]):
             raise UserError(f"{path}: space.{name}.choices must be a list of values")
         ends = [space[end] for end in ("low", "high", "step") if end in space]
-        numbers = all(is_one(end, float) and math.isfinite(end) for end in ends) and is_one(
+        numbers = all(matches(end, float) and math.isfinite(end) for end in ends) and matches(
             space.get("log", True), bool
         )
         if not numbers or (ends and not ends[0] < ends[1]) or (space.get("log") and ends[0] <= 0):
             raise UserError(f"{path}: space.{name} must have numbers, low below high, and with log both above 0")
         if not space.get("step", 1) > 0:
-            raise UserError(f"{path}: space.{name}.step must be above 0, not {shown(space['step'])}")
+            raise UserError(f"{path}: space.{name}.step must be above 0, not {space['step']!r}")
         if types.get(name) is int and not all(isinstance(end, int) for end in ends):
             raise UserError(f"{path}: space.{name} must have whole numbers")
     values = [(name, value) for name, value in sweep.args.items()]
@@ -163,8 +169,8 @@ def require_settings(sweep: Sweep, path: str) -> None:
     for name, value in values:
         if name not in types or name in OURS:
             raise UserError(f"{path}: {name} is no setting of {sweep.script} that a study can set; see its --help")
-        if not command.fits(tuple(value) if isinstance(value, list) else value, types[name]):
-            raise UserError(f"{path}: {name} cannot be {shown(value)}; {sweep.script}.py --help says what it takes")
+        if not matches(value, types[name]):
+            raise UserError(f"{path}: {name} cannot be {value!r}; {sweep.script}.py --help says what it takes")
 
 
 def suggest(trial: Any, name: str, space: dict, whole: bool) -> Any:
@@ -177,7 +183,9 @@ def suggest(trial: Any, name: str, space: dict, whole: bool) -> Any:
 
 def types_of(script: str) -> dict[str, Any]:
     """{setting: its type} of a script."""
-    return {f.name: f.type for f in fields(importlib.import_module(script).Args)}
+    args_class = importlib.import_module(script).Args
+    hints = get_type_hints(args_class)  # without Annotated
+    return {f.name: hints[f.name] for f in fields(args_class)}
 
 
 def flags(values: dict[str, Any], types: dict[str, Any]) -> list[str]:
@@ -419,28 +427,27 @@ def tune(args: Args) -> Any | None:
     try:
         while running or len(ended(study)) < sweep.trials:
             while len(running) < args.jobs and len(ended(study)) + len(running) < sweep.trials:
-                with signals_held():  # or a process that was just started would be left behind
-                    running.append(Trial(sweep, study.ask(), folder))
+                running.append(Trial(sweep, study.ask(), folder))
             time.sleep(POLL)
             for trial in [trial for trial in running if trial.poll()]:
                 running.remove(trial)
                 settle(study, trial)
                 known = study.trials[trial.trial.number]
                 print(f"trial {known.number}: {known.user_attrs.get('value', '-')}, {outcome(known)}", file=sys.stderr)
-                write_whole(folder / "summary.md", report(study, sweep).encode())
+                write_file(folder / "summary.md", report(study, sweep).encode())
     finally:
-        with signals_held():
-            stop([trial.process for trial in running])
-            for trial in running:
-                trial.close()
-    write_whole(folder / "summary.md", report(study, sweep).encode())
+        stop([trial.process for trial in running])
+        for trial in running:
+            trial.close()
+    write_file(folder / "summary.md", report(study, sweep).encode())
     print(report(study, sweep), end="")
     return best_of(study, sweep)
 
 
-@command.command_line()
 def main() -> None:
-    tune(tyro.cli(Args, description=__doc__))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the trials are stopped
+    with one_line_errors():
+        tune(tyro.cli(Args, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ All environments of a batch are stepped together in torch, on the CPU or a GPU. 
 """
 
 import functools
+import multiprocessing
 import zlib
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from envs import UserError
 from envs.batch_env import Array, BatchEnv, SingleEnv, seed_of_each
 from envs.raster import Window
 from envs.socnav import GOAL_RANGE, PEDESTRIAN_RANGE, PEDESTRIAN_SPEED, controllers, metrics
@@ -145,6 +147,8 @@ class SocNavGrid(BatchEnv):
         device: str = "cpu",
         render_mode: str | None = None,
     ):
+        if multiprocessing.parent_process() is not None:  # such as a worker of gym.vector.AsyncVectorEnv
+            torch.set_num_threads(1)  # a fork lacks the threads of its parent's OpenMP, and would wait for them forever
         self.robot, self.radius = make_robot(robot, allow_backwards), robot_radius
         self.margin = training_margin if training else 0.0
         channels = tuple(grid_channels.split(","))
@@ -360,7 +364,7 @@ class SocNavGrid(BatchEnv):
     @torch.inference_mode()
     def load_state_dict(self, state: dict) -> dict:
         if int(state["arrays"]["world"][0]) != int(self.state()["world"][0]):
-            raise ValueError("the run used other scenarios; use the version and the arguments that it had")
+            raise UserError("the run used other scenarios; use the version and the arguments that it had")
         super().load_state_dict(state)
         self.crowd.index()
         self._look_up()
