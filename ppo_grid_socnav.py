@@ -52,6 +52,7 @@ from envs.run import (
     load_agent,
     make_train_envs,
     policy_contents,
+    read_checkpoint,
     restore,
     rng_state,
     set_rng_state,
@@ -538,6 +539,8 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
     args, device = setup(check_grid_args(args), distributed=True)
     torch.set_num_threads(1 if args.dry_run else args.threads)  # on busy cores, waiting threads use CPU time
     dist.init_process_group(args)
+    if args.resume:  # all ranks resume from the file that rank 0 finds
+        args = replace(args, resume=dist.broadcast_from_rank0(lambda: read_checkpoint(args.resume)["file"]))
     local_args = dist.local_args(args)  # num_envs and minibatch_size of this rank; args has the totals over all ranks
     reward_kwargs = {"reward": args.reward} | ({"reward_weights": args.reward_weights} if args.reward_weights else {})
     envs = make_train_envs(local_args, flat=False, device=device.type, **reward_kwargs)

@@ -459,7 +459,7 @@ def policies(tmp_path_factory):
 MISTAKES = {
     "--pretrained bicycle.pt": r"bicycle\.pt: its actions have another range; give the --env-kwargs",
     "--pretrained channels.pt": r"channels\.pt: was trained with grid_channels obstacles, not near; set it with --env",
-    "--pretrained size.pt": r"size\.pt: was trained with grid_size 32, not 64; set it with --env-kwargs",
+    "--pretrained size.pt": r"size\.pt: was trained with grid_size 32, not (64|the default); set it with --env-kwargs",
     "--pretrained rays.pt": r"rays\.pt: actor\.1\.0\.weight has shape .*; use the settings that it was trained with",
     "--pretrained cnn.pt": r"cnn\.pt: actor\.1\.0\.weight has shape .*; use the settings that it was trained with",
     "--pretrained pendulum.pt": r"pendulum\.pt: a policy for Pendulum-v1, not SocNavGrid-v0; give its --env-id",
