@@ -539,7 +539,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
     args, device = setup(check_grid_args(args), distributed=True)
     torch.set_num_threads(1 if args.dry_run else args.threads)  # on busy cores, waiting threads use CPU time
     dist.init_process_group(args)
-    if args.resume:  # all ranks resume from the file that rank 0 finds
+    if args.resume and dist.world_size() > 1:  # all ranks resume from the file that rank 0 finds
         args = replace(args, resume=dist.broadcast_from_rank0(lambda: read_checkpoint(args.resume)["file"]))
     local_args = dist.local_args(args)  # num_envs and minibatch_size of this rank; args has the totals over all ranks
     reward_kwargs = {"reward": args.reward} | ({"reward_weights": args.reward_weights} if args.reward_weights else {})

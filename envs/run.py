@@ -60,34 +60,29 @@ MAY_CHANGE = {
     *("eval_every", "eval_episodes", "checkpoint_every", "stop_at_convergence", "track", "capture_video", "dry_run"),
 }
 SET_BY_SCRIPT = ("env_id", "num_envs", "seed", "training", "split", "threads", "render_mode", "copies")
-# The smallest and the largest valid value of a setting
-RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("num_envs", "num_steps", "update_epochs", "threads", "group_size"), (1, 2**20)),
-    **dict.fromkeys(("epochs", "patience", "num_pedestrians", "hidden_sizes", "cnn_channels"), (1, 2**14)),
-    **dict.fromkeys(("pedestrian_hidden", "num_rays"), (1, 2**14)),
-    **dict.fromkeys(("eval_every", "eval_episodes", "checkpoint_every", "critic_warmup_updates"), (0, math.inf)),
-    **dict.fromkeys(("seed", "eval_seed"), (0, 2**32 - 1)),  # NumPy splits a larger seed, and streams could coincide
-    **dict.fromkeys(("ent_coef", "vf_coef", "weight_decay"), (0, 1e9)),
-    **dict.fromkeys(("learning_rate", "clip_coef", "max_grad_norm", "target_kl", "val_fraction"), (1e-12, 1e9)),
-    **dict.fromkeys(("gamma", "gae_lambda"), (0, 1)),
-    **dict.fromkeys(("init_log_std", "final_log_std"), (-20, 5)),
+# {smallest and largest valid value: names of settings}
+RANGES = {
+    (1, 2**20): ("num_envs", "num_steps", "update_epochs", "threads", "group_size", "epochs", "patience"),
+    (1, 2**14): ("hidden_sizes", "cnn_channels", "pedestrian_hidden", "num_rays", "num_pedestrians"),
+    (0, math.inf): ("eval_every", "eval_episodes", "checkpoint_every", "critic_warmup_updates"),
+    (0, 2**32 - 1): ("seed", "eval_seed"),  # NumPy splits a larger seed, and streams could coincide
+    (0, 1e9): ("ent_coef", "vf_coef", "weight_decay"),
+    (1e-12, 1e9): ("learning_rate", "clip_coef", "max_grad_norm", "target_kl", "val_fraction"),
+    (0, 1): ("gamma", "gae_lambda"),
+    (-20, 5): ("init_log_std", "final_log_std"),
 }
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 def parse_value(text: str) -> Any:
-    """A number, True or False, a tuple if the text begins with ( or [, or else the text itself."""
-    if text[:1] in ("(", "["):
-        try:
-            return tuple(ast.literal_eval(text))
-        except (SyntaxError, TypeError, ValueError):
+    """A number, True, False or a tuple in Python's notation, or else the text itself. A list becomes a tuple."""
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        if text[:1] in ("(", "["):
             raise ValueError(f"{text} is not a Python tuple or list") from None
-    if text in ("True", "False"):
-        return text == "True"
-    for number in (int, float):
-        with contextlib.suppress(ValueError):
-            return number(text)
-    return text
+        return text
+    return tuple(value) if isinstance(value, list) else value if isinstance(value, int | float | tuple) else text
 
 
 def key_value_pairs(parse: Callable[[str], Any]) -> PrimitiveConstructorSpec:
@@ -196,11 +191,12 @@ def flag(name: str) -> str:
 
 def check_args(args: BaseArgs) -> None:
     """Raises UserError for a setting out of range, a package that is missing or a setting that the script makes."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name, None)
-        for x in value if isinstance(value, tuple) else [value]:
-            if x is not None and not low <= x <= high:
-                raise UserError(f"{flag(name)} must be from {low:g} to {high:g}, not {x}")
+    for (low, high), names in RANGES.items():
+        for name in names:
+            value = getattr(args, name, None)
+            for x in value if isinstance(value, tuple) else [value]:
+                if x is not None and not low <= x <= high:
+                    raise UserError(f"{flag(name)} must be from {low:g} to {high:g}, not {x}")
     for name in SET_BY_SCRIPT:
         if name in args.env_kwargs or name in args.eval_env_kwargs:
             raise UserError(f"--env-kwargs {name}: the script sets it; use {flag(name)} if there is such a flag")
