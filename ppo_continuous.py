@@ -393,11 +393,8 @@ def make_agent(envs: VectorEnv, args: Args) -> Agent:
 
 
 def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None = None) -> dict:
-    """Train PPO and return the contents of summary.json.
-
-    Args:
-        args: the settings.
-        on_evaluation: called with (step, evaluation) after each evaluation; returning True ends the run.
+    """Train PPO and return the contents of summary.json. on_evaluation(step, evaluation) is called after each
+    evaluation; if it returns True, the run ends.
 
     Raises:
         UserError: invalid arguments, an unreadable file or an unsupported environment.
@@ -427,13 +424,9 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
     def state() -> dict:
         """The contents of a checkpoint: the policy and everything else that --resume needs."""
         return {
-            **policy(),
-            "optimizer": optimizer.state_dict(),
-            "reward_scaler": reward_scaler.state_dict(),
-            "best": best,
-            "envs": envs.state_dict(),
-            "rng": rng_state(),
-        }
+            **policy(), "optimizer": optimizer.state_dict(), "reward_scaler": reward_scaler.state_dict(), "best": best,
+            "envs": envs.state_dict(), "rng": rng_state(),
+        }  # fmt: skip
 
     with Run(Path(__file__).stem, args, args.num_iterations * args.steps_per_iteration, checkpoint) as run:
         for iteration in range(step // args.steps_per_iteration + 1, args.num_iterations + 1):

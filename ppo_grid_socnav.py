@@ -525,12 +525,9 @@ def check_grid_args(args: Args) -> Args:
 
 
 def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None = None) -> dict:
-    """Train PPO and return the contents of summary.json. torchrun starts several processes (ranks), which divide the
-    environments and minibatches among them.
-
-    Args:
-        args: the settings.
-        on_evaluation: called with (step, evaluation) after each evaluation; returning True ends the run.
+    """Train PPO and return the contents of summary.json. on_evaluation(step, evaluation) is called after each
+    evaluation; if it returns True, the run ends. torchrun starts several processes (ranks) that divide the environments
+    and minibatches among them.
 
     Raises:
         UserError: invalid arguments, an unreadable file or an unsupported environment.
@@ -573,14 +570,9 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
         """The contents of a checkpoint: the policy and what else --resume needs. All ranks must call this."""
         local_states = dist.all_gather_object({"envs": envs.state_dict(), "rng": rng_state()})
         return {
-            **policy(),
-            "optimizer": optimizer.state_dict(),
-            "reward_scaler": reward_scaler.state_dict(),
-            "best": best,
-            "envs": local_states[0]["envs"],
-            "rng": local_states[0]["rng"],
-            "other_ranks": local_states[1:],
-        }
+            **policy(), "optimizer": optimizer.state_dict(), "reward_scaler": reward_scaler.state_dict(), "best": best,
+            "envs": local_states[0]["envs"], "rng": local_states[0]["rng"], "other_ranks": local_states[1:],
+        }  # fmt: skip
 
     # Every rank trains; only rank 0 evaluates and writes files
     script, total_steps = Path(__file__).stem, args.num_iterations * args.steps_per_iteration
