@@ -5,9 +5,10 @@ script, so that PPO can start from the clone. Cloning is supervised regression o
 
     L = E[|mu(obs) - action|^2]        or, with --loss nll,        L = -E[log pi(action | obs)]
 
-The critic is trained on the returns-to-go G_t = r_t + gamma G_t+1. An expert without errors never demonstrates how to
-recover from one. With --action-noise the executed action is perturbed, but the intended one is recorded. With
---dagger-policy another policy acts in every other environment while the expert labels its states (Ross et al. 2011).
+The critic is trained on the recorded returns-to-go G_t = r_t + gamma G_t+1. An expert without errors never demonstrates
+how to recover from one. With --action-noise the executed action is perturbed, but the intended one is recorded. With
+--dagger-policy another policy, such as an earlier clone, acts in every other environment while the expert labels its
+states (Ross et al. 2011).
 
     expert     python ppo_continuous.py --env-id Ballbot-v0                         or a controller of the environment
     collect    python bc_pretrain.py collect --policy runs/<run> --dataset ballbot --action-noise 0.1
@@ -50,7 +51,7 @@ class CollectArgs:
     episodes: int = 200  # total number of episodes, divided among the seeds
     seeds: tuple[int, ...] = (42,)  # seeds of the episodes and of the noise
     only_successes: bool = False  # keep only successful episodes
-    action_noise: float = 0.0  # standard deviation of the noise, as a fraction of half the action range; usually 0.05
+    action_noise: float = 0.0  # standard deviation of the noise, as a fraction of half the action range
     dagger_policy: str | None = None  # DAgger: policy file or run that acts in every other environment
     threads: int = 1  # CPU threads of the bundled simulators
     run_root: str = "runs"  # parent directory of datasets/ and of all run directories
@@ -76,7 +77,7 @@ class Args(BaseArgs):  # BaseArgs: environment, evaluation, run directory, track
     env_id: str | None = None  # environment; default: that of the dataset
     loss: Literal["mse", "nll"] = "mse"  # mse: of the mean action; nll: also learns the standard deviation
     epochs: int = 40  # maximum number of epochs
-    patience: int = 8  # early stopping: epochs without improvement of the validation loss
+    patience: int = 8  # stop after this many epochs without a smaller validation loss; 1 or more
     val_fraction: float = 0.1  # fraction of the episodes held out for validation
     minibatch_size: int = 256  # samples per gradient step
     learning_rate: float = 1e-3  # learning rate of Adam, decayed linearly to zero
@@ -84,7 +85,7 @@ class Args(BaseArgs):  # BaseArgs: environment, evaluation, run directory, track
     critic: bool = True  # also train the critic on the returns-to-go
     init_log_std: float = -0.5  # log standard deviation of the policy; not trained with --loss mse
 
-    # None: as in the PPO preset of the environment, which should be the same if PPO starts from the clone
+    # None: from DEFAULTS below, which repeats the PPO presets; PPO should fine-tune with the same values
     gamma: float | None = None  # discount factor of the returns-to-go
     norm_obs: bool | None = None  # normalize observations with the statistics of the training episodes
     hidden_sizes: tuple[int, ...] | None = None  # hidden layer sizes of actor and critic

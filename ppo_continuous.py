@@ -104,10 +104,11 @@ LATERAL = {
     "norm_obs": False,  # the environment scales its observations
     "group_size": 8, "init_log_std": -1.0, "final_log_std": -3.0, "eval_every": 60_000, "eval_episodes": 0,
 }  # fmt: skip
-# {name: values that replace the defaults above}. --env-id X --help and --preset X --help show the result.
+# {name: values that replace the defaults above}. The preset named like --env-id applies by itself, --preset selects
+# another one, and explicit flags override both. --env-id X --help and --preset X --help show the result.
 PRESETS: dict[str, dict] = {
     "LateralControl-v0": LATERAL,
-    # The comma controls challenge's own model; start from a clone of the feedforward controller with --pretrained
+    # LateralControl-v0 with the challenge's own car model, --pretrained with a clone of the feedforward controller
     "tinyphysics": {
         **LATERAL, "total_timesteps": 920_000, "num_steps": 100, "learning_rate": 5e-4, "gamma": 0.97,
         "gae_lambda": 1.0, "init_log_std": -3.2, "final_log_std": -3.6, "critic_warmup_updates": 5,
@@ -308,7 +309,7 @@ def make_batch(agent: nn.Module, rollout: Rollout, args: Args) -> Batch:
 
 def subtract_group_mean(advantage: Tensor, group_size: int) -> Tensor:
     """Subtract the mean advantage of each group of neighboring environments at each time step. The environments of a
-    group have the same start state and the same noise, so the mean is due to chance rather than to the actions.
+    group have the same start state and the same noise; what they have in common is due to these, not to the actions.
 
     The argument, in which environments vary fastest, and the result have shape (T * N,)."""
     groups = advantage.unflatten(0, (-1, group_size))
@@ -412,7 +413,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
     step, best = 0, None
     obs, _ = envs.reset(seed=args.seed)
 
-    # --resume restores everything, --pretrained the agent alone (then there is no checkpoint)
+    # --resume restores everything and returns a checkpoint; --pretrained loads the agent alone and returns None
     checkpoint = restore(args, "policy", agent, optimizer=optimizer, reward_scaler=reward_scaler)
     if checkpoint:
         obs = envs.load_state_dict(checkpoint["envs"])
@@ -443,7 +444,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
             if args.norm_reward:
                 rollout.reward = reward_scaler(rollout.reward, rollout.done)
             # The first rollout fills the normalizer before the update, so that the networks never train on raw
-            # observations. The old log-probabilities are computed after that, so the ratio starts at 1 all the same.
+            # observations. That makes it slightly off-policy, which is harmless: the initial mean action is near zero.
             normalizer_is_empty = args.norm_obs and agent.normalizer.count.item() == 0
             if normalizer_is_empty:
                 agent.normalizer.update(rollout.obs.flatten(0, 1))
@@ -457,7 +458,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
             # normalization. There are none during the critic warm-up, in which the policy must not change.
             if args.norm_obs and not (normalizer_is_empty or critic_only or args.freeze_obs_stats):
                 agent.normalizer.update(rollout.obs.flatten(0, 1))
-            check_update(agent, stats, step)
+            check_update(agent, stats, step)  # raises FloatingPointError unless all is finite
 
             evaluation = None
             if iteration == args.num_iterations or is_due(args.eval_every, step, args.steps_per_iteration):
@@ -472,7 +473,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
                 return run.interrupted(state())
             run.save_checkpoint_if_due(state, step)
 
-        return run.finish(state(), agent, best, envs)
+        return run.finish(state(), agent, best, envs)  # final.pt; the best policy becomes policy.onnx
 
 
 def load_policy(checkpoint: dict, envs: VectorEnv) -> Policy:

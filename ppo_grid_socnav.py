@@ -7,7 +7,7 @@ features and the encoder between observation and network:
     pedestrians   a set: a shared MLP embeds each pedestrian; max and sum pooling combine them (Deep Sets)
     robot         unchanged: speeds and the last action
     goal          waypoint and route direction, clipped and rescaled
-    symmetry      the mean action is mu(o) = (f(o) + M f(M o)) / 2, where M mirrors left and right
+    symmetry      the mean action is mu(o) = (f(o) + M f(M o)) / 2, where M mirrors features or actions
 
 Rays are read through an index table and are nearly free on a CPU; the CNN is the published design, for GPUs and long
 runs. Symmetry is built in rather than learned (Abdolhosseini et al. 2019), which lowers the failure rate in unseen
@@ -111,7 +111,7 @@ class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpo
     eval_every: int = 500_000  # environment steps between evaluations; doubled after 3 million; 0 = only at the end
     checkpoint_every: int = 500_000  # environment steps between checkpoints; 0 = none
 
-    preset_keys: ClassVar = ["grid_encoder"]  # without --preset, it selects the preset
+    preset_keys: ClassVar = ["grid_encoder"]  # without --preset, its value names the preset
 
     @classmethod
     def from_preset(cls, name: str | None = None, **overrides: Any) -> "Args":
@@ -122,7 +122,8 @@ class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpo
         return cls(**PRESETS.get(name, {}) | overrides)
 
 
-# Channel `near` holds the obstacles at four times the resolution. training_margin (m) enlarges the robot in training.
+# Channel `near` holds the obstacles in cells of a quarter of the side length, so with a quarter of the range.
+# training_margin (m) is added to the robot's radius in training.
 COMMON = {"env_kwargs": {"grid_channels": "near", "training_margin": 0.1}, "final_log_std": -2.0}
 # {name: values that replace the defaults above}. --grid-encoder X --help shows the result.
 PRESETS: dict[str, dict] = {
@@ -216,12 +217,12 @@ class Encoder(nn.Module):
         dense_features, pedestrians, packed_grid = features.split(self.sizes, dim=-1)
         # Permutation-invariant: a shared MLP, masked, then max and sum over the pedestrians
         pedestrians = pedestrians.unflatten(-1, (-1, PEDESTRIAN_DIM))
-        mask = pedestrians[..., -1:]
+        mask = pedestrians[..., -1:]  # 0 if absent; embeddings are >= 0 (ReLU), so zeros change neither max nor sum
         embeddings = self.pedestrian_mlp(pedestrians) * mask
         parts = [dense_features, embeddings.max(-2).values, embeddings.sum(-2)]
         if self.cnn is not None:
             packed_grid = packed_grid.unflatten(-1, (self.channels, self.grid_size, -1))
-            images = unpack_bits(packed_grid, self.grid_size).flatten(0, -4)
+            images = unpack_bits(packed_grid, self.grid_size).flatten(0, -4)  # Conv2d takes one batch dimension
             parts.append(self.cnn(images).reshape(*features.shape[:-1], -1))
         return torch.cat(parts, dim=-1)
 
@@ -283,7 +284,7 @@ class GridAgent(nn.Module):
         nearest = raw_obs["pedestrians"][:, : self.num_pedestrians]
         pedestrians = pedestrian_features(nearest, raw_obs["count"], robot[:, :1] * self.max_speed).flatten(1)
         if self.use_cnn:
-            # Cells are packed along the forward axis, so that mirroring permutes whole numbers
+            # Eight cells in the forward direction share a number, so that mirroring permutes numbers but never bits
             return torch.cat([robot, route, pedestrians, pack_bits(grid).flatten(1).to(robot)], dim=1)
         return torch.cat([robot, route, ray_proximity(grid, self.ray_indices).to(robot), pedestrians], dim=1)
 
@@ -554,7 +555,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
     step, best = 0, None
     raw_obs, _ = envs.reset(seed=dist.local_seeds(args))
 
-    # --resume restores everything, --pretrained the agent alone (then there is no checkpoint)
+    # --resume restores everything and returns a checkpoint; --pretrained loads the agent alone and returns None
     checkpoint = restore(args, "policy", agent, optimizer=optimizer, reward_scaler=reward_scaler)
     if checkpoint:
         step, best = checkpoint["step"], checkpoint["best"]
@@ -596,7 +597,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
             batch = make_batch(agent, rollout, args)
             stats = ppo_update(agent, optimizer, backward_fn, batch, local_args, critic_only)
             stats["learning_rate"] = optimizer.param_groups[0]["lr"]
-            check_update(agent, stats, step)
+            check_update(agent, stats, step)  # raises FloatingPointError unless all is finite
 
             evaluation = None
             eval_interval = args.eval_every * (2 if step > 3_000_000 else 1)
@@ -618,7 +619,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
             elif latest_due:
                 run.save("checkpoints/latest.pt", state())
 
-        return run.finish(state(), agent, best, envs)
+        return run.finish(state(), agent, best, envs)  # final.pt; the best policy becomes policy.onnx
 
 
 def load_policy(checkpoint: dict, envs: VectorEnv) -> Policy:

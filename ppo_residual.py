@@ -88,7 +88,7 @@ class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpo
     eval_every: int = 10_000  # environment steps between evaluations on the validation split; 0 = only at the end
     checkpoint_every: int = 10_000  # environment steps between checkpoints; 0 = none
 
-    preset_keys: ClassVar = ["base_policy"]  # without --preset, it selects the preset
+    preset_keys: ClassVar = ["base_policy"]  # without --preset, its value names the preset
 
     @classmethod
     def from_preset(cls, name: str | None = None, **overrides: Any) -> "Args":
@@ -426,7 +426,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
     step, best = 0, None
     obs, _ = envs.reset(seed=args.seed)
 
-    # --resume restores everything, --pretrained the agent alone (then there is no checkpoint)
+    # --resume restores everything and returns a checkpoint; --pretrained loads the agent alone and returns None
     checkpoint = restore(args, "residual", agent, optimizer=optimizer, reward_scaler=reward_scaler)
     if checkpoint:
         obs = envs.load_state_dict(checkpoint["envs"])
@@ -457,7 +457,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
             if args.norm_reward:
                 rollout.reward = reward_scaler(rollout.reward, rollout.done)
             # The first rollout fills the normalizer before the update, so that the networks never train on raw
-            # observations. The old log-probabilities are computed after that, so the ratio starts at 1 all the same.
+            # observations. That makes it slightly off-policy, which is harmless: the initial mean action is near zero.
             normalizer_is_empty = args.norm_obs and agent.normalizer.count.item() == 0
             if normalizer_is_empty:
                 agent.normalizer.update(rollout.obs.flatten(0, 1))
@@ -470,7 +470,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
             # normalization. There are none during the critic warm-up, in which the policy must not change.
             if args.norm_obs and not (normalizer_is_empty or critic_only or args.freeze_obs_stats):
                 agent.normalizer.update(rollout.obs.flatten(0, 1))
-            check_update(agent, stats, step)
+            check_update(agent, stats, step)  # raises FloatingPointError unless all is finite
 
             evaluation = None
             if iteration == args.num_iterations or is_due(args.eval_every, step, args.steps_per_iteration):
@@ -487,7 +487,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
                 return run.interrupted(state())
             run.save_checkpoint_if_due(state, step)
 
-        return run.finish(state(), agent, best, envs)
+        return run.finish(state(), agent, best, envs)  # final.pt; the best policy becomes policy.onnx
 
 
 def load_policy(checkpoint: dict, envs: VectorEnv) -> Policy:
