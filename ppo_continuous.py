@@ -204,7 +204,7 @@ class Agent(nn.Module):
         return torch.clamp(self.action_bias + self.action_scale * action, self.action_low, self.action_high)
 
     def sample(self, obs: Tensor) -> Tensor:
-        """Sample an action before scaling and clipping, which is what its log-probability refers to."""
+        """Sample an action before scaling and clipping. Log-probabilities refer to it, not to the clipped action."""
         mean = self.action_mean(obs)
         return mean + self.log_std.exp() * torch.randn_like(mean)
 
@@ -239,7 +239,8 @@ class Rollout:
 def collect_rollout(
     agent: Agent, envs: VectorEnv, obs: np.ndarray, step: int, args: Args
 ) -> tuple[Rollout, np.ndarray, list[dict]]:
-    """Step all environments num_steps times. Return the rollout, the next observation and the finished episodes.
+    """Step all environments num_steps times. Return the rollout, the observation to continue from and the episodes that
+    ended.
 
     The environments reset in the step that ends an episode (SAME_STEP autoreset), and info["final_obs"] holds the last
     observation of the episode. So each transition has its true successor, and the last step needs no special case.

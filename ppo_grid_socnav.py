@@ -299,7 +299,7 @@ class GridAgent(nn.Module):
         return torch.clamp(self.action_bias + self.action_scale * action, self.action_low, self.action_high)
 
     def sample(self, features: Tensor) -> Tensor:
-        """Sample an action before scaling and clipping, which is what its log-probability refers to."""
+        """Sample an action before scaling and clipping. Log-probabilities refer to it, not to the clipped action."""
         mean = self.action_mean(features)
         return mean + self.log_std.exp() * torch.randn_like(mean)
 
