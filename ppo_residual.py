@@ -299,7 +299,7 @@ def gae(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, d
     """
     # delta_t = r_t + gamma V(s_{t+1}) - V(s_t), with V = 0 after a terminal state
     delta = reward + args.gamma * next_value * ~terminated - value
-    not_done = (~done).float()
+    not_done = (~done).to(delta.dtype)
     advantage = torch.zeros_like(delta)
     last_advantage = torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):

@@ -115,7 +115,7 @@ def test_gae_is_the_weighted_sum_of_k_step_advantages(seed, steps, num_envs, gam
     ours = ppo.gae(*(torch.as_tensor(x) for x in (reward, value, next_value, terminated, done)), args).numpy()
     for i in range(num_envs):
         columns = (x[:, i] for x in (reward, value, next_value, terminated, done))
-        np.testing.assert_allclose(ours[:, i], brute_force_gae(*columns, gamma, lam), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(ours[:, i], brute_force_gae(*columns, gamma, lam), rtol=0, atol=1e-9)
 
 
 def test_group_mean_by_hand():
