@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from math import inf, log, pi, sqrt
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,16 +37,16 @@ from torch.optim import Optimizer
 
 from envs import UserError, check_flat_box, demonstrations, evaluation, float32_bounds, make_vec
 from envs.cli import one_line_errors, parse
-from envs.demonstrations import Dataset, check_same_kwargs, read_dataset
-from envs.evaluation import EVAL_ENVS, DeterministicPolicy, Policy
-from envs.run import BaseArgs, EnvKwargs, Run, check_args, check_evaluation, check_update, file_hashes, load_agent
+from envs.demonstrations import Dataset, read_dataset
+from envs.evaluation import EVAL_ENVS, DeterministicPolicy, Policy, check_same_kwargs, check_update
+from envs.run import BaseArgs, EnvKwargs, Run, check_args, check_evaluation, load_agent, policy_contents
 
 
 @dataclass(kw_only=True)
 class CollectArgs:
     dataset: str  # dataset name: writes <run-root>/datasets/NAME.npz and its metadata NAME.json
     policy: str = "feedforward"  # expert: policy file, run (its best.pt), controller of the environment or PATH.onnx
-    env_id: str | None = None  # environment; default: that of the policy file, else LateralControl-v0
+    env_id: str | None = None  # environment; default: that of the policy file; feedforward: LateralControl-v0
     env_kwargs: EnvKwargs = field(default_factory=dict)  # keyword arguments for the environment, added to the policy's
     episodes: int = 200  # total number of episodes, divided among the seeds
     seeds: tuple[int, ...] = (42,)  # seeds of the episodes and of the noise
@@ -73,7 +73,7 @@ class InspectArgs(ValidateArgs):
 
 @dataclass(kw_only=True)
 class Args(BaseArgs):  # BaseArgs: environment, evaluation, run directory, tracking
-    dataset: str  # dataset name, or path to its .npz
+    dataset: str = tyro.MISSING  # dataset name, or path to its .npz; required
     env_id: str | None = None  # environment; default: that of the dataset
     loss: Literal["mse", "nll"] = "mse"  # mse: of the mean action; nll: also learns the standard deviation
     epochs: int = 40  # maximum number of epochs
@@ -96,13 +96,6 @@ class Args(BaseArgs):  # BaseArgs: environment, evaluation, run directory, track
     cnn_channels: tuple[int, ...] = (8, 16, 16)  # channels of the three convolutions; published: 32 64 64
     num_pedestrians: int = 8  # nearest pedestrians that the policy observes
     pedestrian_hidden: int = 16  # hidden units of the pedestrian network
-
-    preset_keys: ClassVar[list[str]] = []
-
-    @classmethod
-    def from_preset(cls, name: str | None = None, **overrides: Any) -> "Args":
-        """The defaults of the command line; train() fills in those of the environment."""
-        return cls(**{"dataset": tyro.MISSING} | overrides)
 
 
 # Values of settings left at None, by environment
@@ -134,8 +127,8 @@ class Normalizer(nn.Module):
         n, total = len(x), self.count + len(x)
         batch_var, batch_mean = torch.var_mean(x, dim=0, correction=0)
         delta = batch_mean - self.mean
-        m2 = self.var * self.count + batch_var * n + delta.square() * self.count * n / total
-        self.var.copy_(m2 / total)
+        sum_of_squares = self.var * self.count + batch_var * n + delta.square() * self.count * n / total
+        self.var.copy_(sum_of_squares / total)
         self.mean.add_(delta * n / total)
         self.count.add_(n)
 
@@ -199,6 +192,7 @@ class Agent(nn.Module):
 
 
 def make_agent(envs: VectorEnv, args: Args) -> Agent:
+    check_flat_box(envs)
     low, high = float32_bounds(envs.single_action_space)
     return Agent(envs.single_observation_space.shape[0], low, high, args)
 
@@ -208,10 +202,9 @@ def make_clone(envs: VectorEnv, args: Args) -> nn.Module:
     if isinstance(envs.single_observation_space, Dict):
         from ppo_grid_socnav import make_grid_agent
 
-        if args.norm_obs or args.num_rays % 2 or len(args.cnn_channels) != 3:
-            raise UserError("a grid policy needs --norm-obs False, an even --num-rays and three --cnn-channels")
+        if args.norm_obs:
+            raise UserError("a grid policy does not normalize observations; set --norm-obs False")
         return make_grid_agent(envs, args)
-    check_flat_box(envs)
     return make_agent(envs, args)
 
 
@@ -320,14 +313,11 @@ def train(args: Args) -> dict:
     val_data = {name: x[val_idx] for name, x in data.items()}
     if args.norm_obs:
         agent.normalizer.update(train_data["obs"])
-    script, files, best = Path(__file__).stem, file_hashes(args), {}
+    script, best = Path(__file__).stem, {}
 
-    def policy() -> dict:
+    def policy_state() -> dict:
         """The contents of a policy file: the best epoch."""
-        return {
-            "policy_type": "policy", "script": script, "args": asdict(args), "env_id": args.env_id,
-            "env_kwargs": args.env_kwargs, "files": files, "agent": best["agent"], "step": best["step"],
-        }  # fmt: skip
+        return policy_contents("policy", script, args, agent, best["step"]) | {"agent": best["agent"]}
 
     with Run(script, args, args.epochs) as run:
         for epoch in range(1, args.epochs + 1):
@@ -341,7 +331,7 @@ def train(args: Args) -> dict:
             check_update(agent, stats, epoch)
             if not best or stats["validation/loss"] < best["loss"]:
                 best = {"step": epoch, "loss": stats["validation/loss"], "agent": deepcopy(agent.state_dict())}
-                run.save("best.pt", policy())
+                run.save("best.pt", policy_state())
 
             evaluation = None
             # Cloning cannot be resumed: Ctrl-C, SIGTERM or SIGUSR1 make this epoch the last one
@@ -352,7 +342,7 @@ def train(args: Args) -> dict:
             run.log(epoch, stats, evaluation=evaluation)
             if is_last:
                 break
-        return run.finish(policy(), agent, best, envs)
+        return run.finish(policy_state(), agent, best, envs)
 
 
 class Recorder:
@@ -400,14 +390,14 @@ def collect(args: CollectArgs) -> Path:
         raise UserError("--seeds must be different, and --episodes at least 2 and one per seed")
     if not 0 <= args.action_noise < inf:
         raise UserError(f"--action-noise must be 0 or more, not {args.action_noise}")
-    expert, env_id, env_kwargs, source = demonstrations.load_expert(args.policy, args.env_id, args.env_kwargs)
+    env_id = args.env_id or ("LateralControl-v0" if args.policy == "feedforward" else None)
+    expert, env_id, env_kwargs, file = evaluation.resolve_policy(args.policy, env_id, args.env_kwargs, "train")
     num_envs = min(EVAL_ENVS, args.episodes)
     envs = make_vec(env_id, num_envs, training=False, split="train", threads=args.threads, **env_kwargs)
-    dagger_policy, policies = None, [source]
+    dagger_policy, policies = None, [file]
     if args.dagger_policy is not None:
-        dagger_policy, _, dagger_kwargs, source = demonstrations.load_expert(args.dagger_policy, env_id, env_kwargs)
-        check_same_kwargs(args.dagger_policy, dagger_kwargs, env_kwargs, envs)
-        policies.append(source)
+        dagger_policy, _, _, dagger_file = evaluation.resolve_policy(args.dagger_policy, env_id, env_kwargs, "train")
+        policies.append(dagger_file)
     file = demonstrations.new_file(args)
 
     space, packed = envs.single_action_space, demonstrations.packed_sizes(envs.single_observation_space)

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import log, pi, sqrt
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,22 +30,10 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from envs import UserError, float32_bounds
+from envs import check_flat_box, float32_bounds
 from envs.cli import Steps, main
-from envs.evaluation import DeterministicPolicy, Policy, check_finite, episode_result, is_better
-from envs.run import (
-    Run,
-    RunArgs,
-    check_update,
-    compile_function,
-    is_due,
-    load_agent,
-    make_train_envs,
-    policy_contents,
-    restore,
-    rng_state,
-    setup,
-)
+from envs.evaluation import DeterministicPolicy, Policy, check_finite, check_update, episode_result
+from envs.run import Run, RunArgs, compile_fn, load_agent, make_envs, policy_contents, restore, rng_state, setup
 
 
 @dataclass(kw_only=True)
@@ -81,14 +68,6 @@ class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpo
 
     eval_episodes: int = 10  # episodes per evaluation; 0 = all, if the environment has a fixed number of them
 
-    @classmethod
-    def from_preset(cls, name: str | None = None, **overrides: Any) -> "Args":
-        """Args with the values of a preset, by default the one named like env_id. Keyword arguments override them."""
-        if name is not None and name not in PRESETS:
-            raise UserError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
-        name = name or overrides.get("env_id", cls.env_id)
-        return cls(**PRESETS.get(name, {}) | overrides)
-
 
 CLEANRL = {"num_envs": 1, "num_steps": 2048}  # one environment, as in CleanRL's published runs
 # The alive bonus is a tenth of the published one, which makes it worth as much as driving at 0.2 m/s. A fall is
@@ -117,6 +96,7 @@ PRESETS: dict[str, dict] = {
     **dict.fromkeys(("Ballbot-v0", "BallbotDepth-v0"), BALLBOT),
     **dict.fromkeys(("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "InvertedDoublePendulum-v5", "cleanrl"), CLEANRL),
 }  # fmt: skip
+Args.presets = PRESETS
 
 
 class Normalizer(nn.Module):
@@ -138,8 +118,8 @@ class Normalizer(nn.Module):
         n, total = len(x), self.count + len(x)
         batch_var, batch_mean = torch.var_mean(x, dim=0, correction=0)
         delta = batch_mean - self.mean
-        m2 = self.var * self.count + batch_var * n + delta.square() * self.count * n / total
-        self.var.copy_(m2 / total)
+        sum_of_squares = self.var * self.count + batch_var * n + delta.square() * self.count * n / total
+        self.var.copy_(sum_of_squares / total)
         self.mean.add_(delta * n / total)
         self.count.add_(n)
 
@@ -249,19 +229,19 @@ def collect_rollout(
     transitions, episodes = [], []
     for _ in range(args.num_steps):
         action = agent.sample(torch.as_tensor(obs, dtype=torch.float32, device=device))
-        new_obs, reward, terminated, truncated, info = envs.step(agent.scale_action(action).cpu().numpy())
+        next_obs, reward, terminated, truncated, info = envs.step(agent.scale_action(action).cpu().numpy())
         step += envs.num_envs * envs.action_repeat
-        check_finite("observation", new_obs, f"step {step}")
+        check_finite("observation", next_obs, f"step {step}")
         check_finite("reward", reward, f"step {step}")
 
-        done, next_obs = terminated | truncated, new_obs
+        done, real_next_obs = terminated | truncated, next_obs
         if done.any():
-            next_obs = np.where(done[:, None], info["final_obs"], new_obs)
-            check_finite("final observation", next_obs, f"step {step}")
+            real_next_obs = np.where(done[:, None], info["final_obs"], next_obs)
+            check_finite("final observation", real_next_obs, f"step {step}")
             for i in np.flatnonzero(done):
                 episodes.append({"step": step, **episode_result(info, i)})
-        transitions.append((obs, action.cpu().numpy(), next_obs, reward, terminated, done))
-        obs = new_obs
+        transitions.append((obs, action.cpu().numpy(), real_next_obs, reward, terminated, done))
+        obs = next_obs
 
     def stack(arrays: tuple[np.ndarray, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.as_tensor(np.stack(arrays), dtype=dtype, device=device)
@@ -390,6 +370,7 @@ def ppo_update(
 
 
 def make_agent(envs: VectorEnv, args: Args) -> Agent:
+    check_flat_box(envs)
     low, high = float32_bounds(envs.single_action_space)
     return Agent(envs.single_observation_space.shape[0], low, high, args)
 
@@ -403,14 +384,14 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
         FloatingPointError: a non-finite observation, reward, statistic or parameter.
     """
     args, device = setup(args)
-    envs = make_train_envs(args)
+    envs = make_envs(args)
     agent = make_agent(envs, args).to(device)
     if args.final_log_std is not None:
         agent.log_std.requires_grad_(False)
     adam = {"lr": args.learning_rate, "eps": 1e-5, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(agent.parameters(), **adam)
     reward_scaler = RewardScaler(args.num_envs, args.gamma).to(device)
-    backward_fn = compile_function(backward) if args.compile else backward
+    backward_fn = compile_fn(backward) if args.compile else backward
     step, best = 0, None
     obs, _ = envs.reset(seed=args.seed)
 
@@ -420,14 +401,14 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
         obs = envs.load_state_dict(checkpoint["envs"])
         step, best = checkpoint["step"], checkpoint["best"]
 
-    def policy() -> dict:
+    def policy_state() -> dict:
         return policy_contents("policy", Path(__file__).stem, args, agent, step)
 
-    def state() -> dict:
+    def checkpoint_state() -> dict:
         """The contents of a checkpoint: the policy and everything else that --resume needs."""
         return {
-            **policy(), "optimizer": optimizer.state_dict(), "reward_scaler": reward_scaler.state_dict(), "best": best,
-            "envs": envs.state_dict(), "rng": rng_state(),
+            **policy_state(), "best": best, "optimizer": optimizer.state_dict(), "envs": envs.state_dict(),
+            "reward_scaler": reward_scaler.state_dict(), "rng": rng_state(),
         }  # fmt: skip
 
     with Run(Path(__file__).stem, args, args.num_iterations * args.steps_per_iteration, checkpoint) as run:
@@ -462,19 +443,19 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
             check_update(agent, stats, step)  # raises FloatingPointError unless all is finite
 
             evaluation = None
-            if iteration == args.num_iterations or is_due(args.eval_every, step, args.steps_per_iteration):
+            if iteration == args.num_iterations or args.is_due(args.eval_every, step):
                 evaluation = run.evaluate(DeterministicPolicy(agent), step)
-                if is_better(evaluation, best, args.best_metric):
+                if run.is_best(evaluation, best):
                     best = {"step": step, "agent": deepcopy(agent.state_dict()), "evaluation": evaluation}
-                    run.save("best.pt", policy())
+                    run.save("best.pt", policy_state())
             run.log(step, stats, episodes, evaluation)
             if evaluation and on_evaluation and on_evaluation(step, evaluation):
                 break
             if run.stop_requested and iteration < args.num_iterations:  # Ctrl-C, SIGTERM or SIGUSR1
-                return run.interrupted(state())
-            run.save_checkpoint_if_due(state, step)
+                return run.interrupted(checkpoint_state())
+            run.save_checkpoint_if_due(checkpoint_state, step)
 
-        return run.finish(state(), agent, best, envs)  # final.pt; the best policy becomes policy.onnx
+        return run.finish(checkpoint_state(), agent, best, envs)  # final.pt; the best policy becomes policy.onnx
 
 
 def load_policy(checkpoint: dict, envs: VectorEnv) -> Policy:

@@ -29,7 +29,7 @@ from functools import partial
 from itertools import pairwise
 from math import ceil, inf, log, pi, sqrt
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -41,35 +41,9 @@ from torch.optim import Optimizer
 from envs import UserError, float32_bounds
 from envs import distributed as dist
 from envs.cli import Steps, main
-from envs.evaluation import DeterministicPolicy, Policy, check_finite, episode_result, is_better
-from envs.run import (
-    NullRun,
-    Run,
-    RunArgs,
-    check_update,
-    compile_function,
-    is_due,
-    load_agent,
-    make_train_envs,
-    policy_contents,
-    read_checkpoint,
-    restore,
-    rng_state,
-    set_rng_state,
-    setup,
-)
-from envs.socnav.features import (
-    PEDESTRIAN_DIM,
-    ROBOT_DIM,
-    ROUTE_DIM,
-    mirror_permutation,
-    pack_bits,
-    pedestrian_features,
-    ray_indices,
-    ray_proximity,
-    route_features,
-    unpack_bits,
-)
+from envs.evaluation import DeterministicPolicy, Policy, check_finite, check_update, episode_result
+from envs.run import Run, RunArgs, compile_fn, load_agent, make_envs, policy_contents, restore, rng_state, setup
+from envs.socnav import features
 
 
 @dataclass(kw_only=True)
@@ -111,15 +85,7 @@ class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpo
     eval_every: int = 500_000  # environment steps between evaluations; doubled after 3 million; 0 = only at the end
     checkpoint_every: int = 500_000  # environment steps between checkpoints; 0 = none
 
-    preset_keys: ClassVar = ["grid_encoder"]  # without --preset, its value names the preset
-
-    @classmethod
-    def from_preset(cls, name: str | None = None, **overrides: Any) -> "Args":
-        """Args with the values of a preset, by default the one of grid_encoder. Keyword arguments override them."""
-        if name is not None and name not in PRESETS:
-            raise UserError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
-        name = name or overrides.get("grid_encoder", cls.grid_encoder)
-        return cls(**PRESETS.get(name, {}) | overrides)
+    preset_key: ClassVar = "grid_encoder"  # setting that names the preset, without --preset
 
 
 # Channel `near` holds the obstacles in cells of a quarter of the side length, so with a quarter of the range.
@@ -133,6 +99,7 @@ PRESETS: dict[str, dict] = {
         "minibatch_size": 256,  # a sample takes less than half the time that it takes in a minibatch of 1,024
     },
 }  # fmt: skip
+Args.presets = PRESETS
 
 
 class Normalizer(nn.Module):
@@ -154,8 +121,8 @@ class Normalizer(nn.Module):
         n, total = len(x), self.count + len(x)
         batch_var, batch_mean = torch.var_mean(x, dim=0, correction=0)
         delta = batch_mean - self.mean
-        m2 = self.var * self.count + batch_var * n + delta.square() * self.count * n / total
-        self.var.copy_(m2 / total)
+        sum_of_squares = self.var * self.count + batch_var * n + delta.square() * self.count * n / total
+        self.var.copy_(sum_of_squares / total)
         self.mean.add_(delta * n / total)
         self.count.add_(n)
 
@@ -200,9 +167,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.sizes, self.channels, self.grid_size = sizes, channels, grid_size
         units = args.pedestrian_hidden
-        self.pedestrian_mlp = nn.Sequential(
-            nn.Linear(PEDESTRIAN_DIM, units), nn.ReLU(), nn.Linear(units, units), nn.ReLU()
-        )
+        pedestrian_layers = (nn.Linear(features.PEDESTRIAN_DIM, units), nn.ReLU(), nn.Linear(units, units), nn.ReLU())
+        self.pedestrian_mlp = nn.Sequential(*pedestrian_layers)
         self.output_dim = sizes[0] + 2 * units
         self.cnn: nn.Module | None = None
         if args.grid_encoder == "cnn":
@@ -213,17 +179,19 @@ class Encoder(nn.Module):
             self.cnn = nn.Sequential(*layers, nn.Flatten())
             self.output_dim += self.cnn(torch.zeros(1, channels, grid_size, grid_size)).shape[1]
 
-    def forward(self, features: Tensor) -> Tensor:
-        dense_features, pedestrians, packed_grid = features.split(self.sizes, dim=-1)
+    def forward(self, obs: Tensor) -> Tensor:
+        dense_features, pedestrians, packed_grid = obs.split(self.sizes, dim=-1)
         # Permutation-invariant: a shared MLP, masked, then max and sum over the pedestrians
-        pedestrians = pedestrians.unflatten(-1, (-1, PEDESTRIAN_DIM))
+        pedestrians = pedestrians.unflatten(-1, (-1, features.PEDESTRIAN_DIM))
         mask = pedestrians[..., -1:]  # 0 if absent; embeddings are >= 0 (ReLU), so zeros change neither max nor sum
         embeddings = self.pedestrian_mlp(pedestrians) * mask
         parts = [dense_features, embeddings.max(-2).values, embeddings.sum(-2)]
         if self.cnn is not None:
             packed_grid = packed_grid.unflatten(-1, (self.channels, self.grid_size, -1))
-            images = unpack_bits(packed_grid, self.grid_size).flatten(0, -4)  # Conv2d takes one batch dimension
-            parts.append(self.cnn(images).reshape(*features.shape[:-1], -1))
+            images = features.unpack_bits(packed_grid, self.grid_size).flatten(
+                0, -4
+            )  # Conv2d takes one batch dimension
+            parts.append(self.cnn(images).reshape(*obs.shape[:-1], -1))
         return torch.cat(parts, dim=-1)
 
 
@@ -250,10 +218,12 @@ class GridAgent(nn.Module):
         self.channel_idx = [i for i, name in enumerate(channel_names) if name in readable]
         channels, num_rays = len(self.channel_idx), 0 if self.use_cnn else args.num_rays
         packed_dim = channels * grid_size * ceil(grid_size / 8) if self.use_cnn else 0
-        dense_dim = ROBOT_DIM + ROUTE_DIM + channels * num_rays
-        sizes = [dense_dim, self.num_pedestrians * PEDESTRIAN_DIM, packed_dim]
-        mirror_index, mirror_sign = mirror_permutation(num_rays, self.num_pedestrians, channels, grid_size, packed_dim)
-        self.register_buffer("ray_indices", ray_indices(grid_size, args.num_rays), persistent=False)
+        dense_dim = features.ROBOT_DIM + features.ROUTE_DIM + channels * num_rays
+        sizes = [dense_dim, self.num_pedestrians * features.PEDESTRIAN_DIM, packed_dim]
+        mirror_index, mirror_sign = features.mirror_permutation(
+            num_rays, self.num_pedestrians, channels, grid_size, packed_dim
+        )
+        self.register_buffer("ray_indices", features.ray_indices(grid_size, args.num_rays), persistent=False)
         self.register_buffer("mirror_index", mirror_index, persistent=False)
         self.register_buffer("mirror_sign", mirror_sign, persistent=False)
         # Mirroring keeps the forward acceleration and negates the turn
@@ -280,17 +250,17 @@ class GridAgent(nn.Module):
         """Convert a raw observation to features (N, obs_dim). This has no trainable parameters, so the rollout stores
         the result and all epochs reuse it."""
         robot, grid = raw_obs["robot"], raw_obs["grid"][:, self.channel_idx]
-        route = route_features(raw_obs["goal"])
+        route = features.route_features(raw_obs["goal"])
         nearest = raw_obs["pedestrians"][:, : self.num_pedestrians]
-        pedestrians = pedestrian_features(nearest, raw_obs["count"], robot[:, :1] * self.max_speed).flatten(1)
+        pedestrians = features.pedestrian_features(nearest, raw_obs["count"], robot[:, :1] * self.max_speed).flatten(1)
         if self.use_cnn:
             # Eight cells in the forward direction share a number, so that mirroring permutes numbers but never bits
-            return torch.cat([robot, route, pedestrians, pack_bits(grid).flatten(1).to(robot)], dim=1)
-        return torch.cat([robot, route, ray_proximity(grid, self.ray_indices).to(robot), pedestrians], dim=1)
+            return torch.cat([robot, route, pedestrians, features.pack_bits(grid).flatten(1).to(robot)], dim=1)
+        return torch.cat([robot, route, features.ray_proximity(grid, self.ray_indices).to(robot), pedestrians], dim=1)
 
-    def action_mean(self, features: Tensor) -> Tensor:
+    def action_mean(self, obs: Tensor) -> Tensor:
         """Mean action (..., 2), symmetrized: (f(o) + M f(M o)) / 2."""
-        both = torch.stack([features, features[..., self.mirror_index] * self.mirror_sign])
+        both = torch.stack([obs, obs[..., self.mirror_index] * self.mirror_sign])
         action, mirrored = self.actor(both)
         return (action + mirrored * self.action_mirror) / 2
 
@@ -298,23 +268,23 @@ class GridAgent(nn.Module):
         """Map [-1, 1] to [low, high]. Clipping comes last, so that rounding cannot leave the action space."""
         return torch.clamp(self.action_bias + self.action_scale * action, self.action_low, self.action_high)
 
-    def sample(self, features: Tensor) -> Tensor:
+    def sample(self, obs: Tensor) -> Tensor:
         """Sample an action before scaling and clipping. Log-probabilities refer to it, not to the clipped action."""
-        mean = self.action_mean(features)
+        mean = self.action_mean(obs)
         return mean + self.log_std.exp() * torch.randn_like(mean)
 
-    def value(self, features: Tensor) -> Tensor:
-        return self.critic(features).squeeze(-1)
+    def value(self, obs: Tensor) -> Tensor:
+        return self.critic(obs).squeeze(-1)
 
-    def evaluate_actions(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate_actions(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return log pi(action | obs), the entropy of the policy and V(obs), of shapes (...), () and (...)."""
         # log N(a; mu, sigma) = -z^2 / 2 - log sigma - log(2 pi) / 2, summed over dimensions, with z = (a - mu) / sigma
-        z = (action - self.action_mean(features)) / self.log_std.exp()
+        z = (action - self.action_mean(obs)) / self.log_std.exp()
         log_scale = (self.log_std + 0.5 * log(2 * pi)).sum()
         logprob = -0.5 * z.square().sum(-1) - log_scale
         # The entropy of a Gaussian is log sigma + log(2 pi e) / 2 per dimension, whatever the state
         entropy = log_scale + 0.5 * len(self.log_std)
-        return logprob, entropy, self.value(features)
+        return logprob, entropy, self.value(obs)
 
 
 @dataclass
@@ -344,25 +314,24 @@ def collect_rollout(
     for _ in range(args.num_steps):
         action = agent.sample(obs)
         scaled_action = agent.scale_action(action)
-        raw_obs, reward, terminated, truncated, info = envs.step(
-            scaled_action if envs.on_gpu else scaled_action.cpu().numpy()
-        )
-        new_obs = agent.encode_obs(to_tensors(raw_obs, device))
+        env_action = scaled_action if envs.on_gpu else scaled_action.cpu().numpy()
+        raw_obs, reward, terminated, truncated, info = envs.step(env_action)
+        next_obs = agent.encode_obs(to_tensors(raw_obs, device))
         step += args.num_envs  # over all ranks
-        check_finite("observation", new_obs, f"step {step}")
+        check_finite("observation", next_obs, f"step {step}")
         check_finite("reward", reward, f"step {step}")
 
         reward, terminated, truncated = (torch.as_tensor(x, device=device) for x in (reward, terminated, truncated))
-        done, next_obs = terminated | truncated, new_obs
+        done, real_next_obs = terminated | truncated, next_obs
         if done.any():
             ended = done.nonzero().flatten()
             final_obs = {name: x[ended] for name, x in to_tensors(info["final_obs"], device).items()}
-            next_obs = new_obs.index_copy(0, ended, agent.encode_obs(final_obs))
-            check_finite("final observation", next_obs, f"step {step}")
+            real_next_obs = next_obs.index_copy(0, ended, agent.encode_obs(final_obs))
+            check_finite("final observation", real_next_obs, f"step {step}")
             for i in ended.tolist():
                 episodes.append({"step": step, **episode_result(info, i)})
-        transitions.append((obs, action, next_obs, reward, terminated, done))
-        obs = new_obs
+        transitions.append((obs, action, real_next_obs, reward, terminated, done))
+        obs = next_obs
     return Rollout(*map(torch.stack, zip(*transitions))), obs, episodes
 
 
@@ -502,27 +471,12 @@ def make_grid_agent(envs: VectorEnv, args: Args) -> GridAgent:
     space = envs.single_observation_space
     if not isinstance(space, Dict) or "grid" not in space.spaces:
         raise UserError("observations must be those of SocNavGrid-v0; ppo_continuous.py takes flat ones")
+    if args.num_rays % 2 or len(args.cnn_channels) != 3:
+        raise UserError("--num-rays must be even, half of the rays on either side, and --cnn-channels three numbers")
     if not any(name in envs.grid.channels for name in ("obstacles", "near")):
-        raise UserError(
-            f"the policy needs the grid channel obstacles or near, not only {', '.join(envs.grid.channels)}"
-        )
+        raise UserError(f"the policy needs a grid channel obstacles or near, not {', '.join(envs.grid.channels)}")
     low, high = float32_bounds(envs.single_action_space)
     return GridAgent(space, low, high, envs.grid.channels, envs.robot.max_speed, args)
-
-
-def check_grid_args(args: Args) -> Args:
-    """Check the settings of this script. Returns them with a number for --num-envs auto."""
-    if args.num_rays < 2 or args.num_rays % 2:
-        raise UserError(f"--num-rays must be even, half of the rays on either side, not {args.num_rays}")
-    if len(args.cnn_channels) != 3:
-        raise UserError(f"--cnn-channels must be three numbers, not {args.cnn_channels}")
-    for name in ("reward", "reward_weights", "device"):
-        if name in args.env_kwargs or name in args.eval_env_kwargs:
-            raise UserError(f"--env-kwargs {name}: use --{name.replace('_', '-')}")
-    if args.num_envs == "auto":
-        use_gpu = args.device != "cpu" and torch.cuda.is_available()
-        args = replace(args, num_envs=2048 if use_gpu else 256)
-    return args
 
 
 def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None = None) -> dict:
@@ -534,21 +488,22 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
         UserError: invalid arguments, an unreadable file or an unsupported environment.
         FloatingPointError: a non-finite observation, reward, statistic or parameter.
     """
-    args, device = setup(check_grid_args(args), distributed=True)
+    if args.num_envs == "auto":
+        args = replace(args, num_envs=2048 if args.device != "cpu" and torch.cuda.is_available() else 256)
+    args, device = setup(args, distributed=True)
     torch.set_num_threads(1 if args.dry_run else args.threads)  # on busy cores, waiting threads use CPU time
     dist.init_process_group(args)
-    if args.resume and dist.world_size() > 1:  # all ranks resume from the file that rank 0 finds
-        args = replace(args, resume=dist.broadcast_from_rank0(lambda: read_checkpoint(args.resume)["file"]))
+    args = dist.same_checkpoint(args)
     local_args = dist.local_args(args)  # num_envs and minibatch_size of this rank; args has the totals over all ranks
     reward_kwargs = {"reward": args.reward} | ({"reward_weights": args.reward_weights} if args.reward_weights else {})
-    envs = make_train_envs(local_args, flat=False, device=device.type, **reward_kwargs)
+    envs = make_envs(local_args, device=device.type, **reward_kwargs)
     agent = make_grid_agent(envs, args).to(device)
     if args.final_log_std is not None:
         agent.log_std.requires_grad_(False)
     adam = {"lr": args.learning_rate, "eps": 1e-5, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(agent.parameters(), **adam)
     reward_scaler = RewardScaler(args.num_envs, args.gamma).to(device)
-    backward_fn = compile_function(backward) if args.compile else backward
+    backward_fn = compile_fn(backward) if args.compile else backward
     if dist.world_size() > 1:
         backward_fn = partial(all_reduce_backward, backward_fn)
     dist.seed_rank(args.seed)  # all ranks have the same initial weights; from here on their random numbers differ
@@ -559,25 +514,23 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
     checkpoint = restore(args, "policy", agent, optimizer=optimizer, reward_scaler=reward_scaler)
     if checkpoint:
         step, best = checkpoint["step"], checkpoint["best"]
-        local_state = dist.local_state(checkpoint)
-        raw_obs = envs.load_state_dict(local_state["envs"])
-        set_rng_state(local_state["rng"])
+        raw_obs = envs.load_state_dict(dist.restore_local(checkpoint))
     obs = agent.encode_obs(to_tensors(raw_obs, device))
 
-    def policy() -> dict:
+    def policy_state() -> dict:
         return policy_contents("policy", Path(__file__).stem, args, agent, step)
 
-    def state() -> dict:
+    def checkpoint_state() -> dict:
         """The contents of a checkpoint: the policy and what else --resume needs. All ranks must call this."""
         local_states = dist.all_gather_object({"envs": envs.state_dict(), "rng": rng_state()})
         return {
-            **policy(), "optimizer": optimizer.state_dict(), "reward_scaler": reward_scaler.state_dict(), "best": best,
-            "envs": local_states[0]["envs"], "rng": local_states[0]["rng"], "other_ranks": local_states[1:],
+            **policy_state(), "best": best, "optimizer": optimizer.state_dict(),
+            "reward_scaler": reward_scaler.state_dict(), **local_states[0], "other_ranks": local_states[1:],
         }  # fmt: skip
 
     # Every rank trains; only rank 0 evaluates and writes files
     script, total_steps = Path(__file__).stem, args.num_iterations * args.steps_per_iteration
-    with Run(script, args, total_steps, checkpoint) if dist.rank() == 0 else NullRun() as run:
+    with Run(script, args, total_steps, checkpoint) if dist.rank() == 0 else dist.NullRun() as run:
         stop = dist.broadcast_from_rank0(lambda: run.converged)  # a resumed run may have converged before
         for iteration in range(step // args.steps_per_iteration + 1, args.num_iterations + 1):
             if stop:
@@ -601,11 +554,11 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
 
             evaluation = None
             eval_interval = args.eval_every * (2 if step > 3_000_000 else 1)
-            if iteration == args.num_iterations or is_due(eval_interval, step, args.steps_per_iteration):
+            if iteration == args.num_iterations or args.is_due(eval_interval, step):
                 evaluation = dist.broadcast_from_rank0(run.evaluate, DeterministicPolicy(agent), step)
-                if is_better(evaluation, best, args.best_metric):
+                if run.is_best(evaluation, best):
                     best = {"step": step, "agent": deepcopy(agent.state_dict()), "evaluation": evaluation}
-                    run.save("best.pt", policy())
+                    run.save("best.pt", policy_state())
                 stop = bool(on_evaluation and on_evaluation(step, evaluation)) or run.converged
             # Rank 0 logs the episodes of all ranks, and decides for all whether to stop and to write latest.pt
             gathered = dist.all_gather_object((episodes, stop, run.stop_requested, run.latest_due))
@@ -613,13 +566,13 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
             episodes = sorted((episode for rank in gathered for episode in rank[0]), key=lambda e: e["step"])
             run.log(step, stats, episodes, evaluation)
             if stop_requested and iteration < args.num_iterations:  # Ctrl-C, SIGTERM or SIGUSR1
-                return run.interrupted(state())
-            if is_due(args.checkpoint_every, step, args.steps_per_iteration):
-                run.save(f"checkpoints/step_{step:09d}.pt", state())
+                return run.interrupted(checkpoint_state())
+            if args.is_due(args.checkpoint_every, step):
+                run.save(f"checkpoints/step_{step:09d}.pt", checkpoint_state())
             elif latest_due:
-                run.save("checkpoints/latest.pt", state())
+                run.save("checkpoints/latest.pt", checkpoint_state())
 
-        return run.finish(state(), agent, best, envs)  # final.pt; the best policy becomes policy.onnx
+        return run.finish(checkpoint_state(), agent, best, envs)  # final.pt; the best policy becomes policy.onnx
 
 
 def load_policy(checkpoint: dict, envs: VectorEnv) -> Policy:

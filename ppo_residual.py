@@ -14,7 +14,6 @@ The residual is a Gaussian policy trained with standard PPO (Schulman et al. 201
     evaluate   python tools/evaluate.py runs/<run> --compare-base --episodes 200
     base only  python tools/evaluate.py ik --env-id SO101Paper-v0
     no base    python ppo_residual.py --base-policy zero             500,000 steps, three minutes
-    other base --base-policy ik | clone.onnx | blend:ik:zero:0.5
     deploy     runs/<run>/policy.onnx maps a raw observation to a residual in [-1, 1]; add it to the base as above
 """
 
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import log, pi, sqrt
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -33,22 +32,10 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from envs import UserError
+from envs import check_flat_box
 from envs.cli import Steps, main
-from envs.evaluation import DeterministicPolicy, Policy, check_finite, episode_result, is_better, make_base_policy
-from envs.run import (
-    Run,
-    RunArgs,
-    check_update,
-    compile_function,
-    is_due,
-    load_agent,
-    make_train_envs,
-    policy_contents,
-    restore,
-    rng_state,
-    setup,
-)
+from envs.evaluation import DeterministicPolicy, Policy, check_finite, check_update, episode_result, make_base_policy
+from envs.run import Run, RunArgs, compile_fn, load_agent, make_envs, policy_contents, restore, rng_state, setup
 
 
 @dataclass(kw_only=True)
@@ -88,17 +75,7 @@ class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpo
     eval_every: int = 10_000  # environment steps between evaluations on the validation split; 0 = only at the end
     checkpoint_every: int = 10_000  # environment steps between checkpoints; 0 = none
 
-    preset_keys: ClassVar = ["base_policy"]  # without --preset, its value names the preset
-
-    @classmethod
-    def from_preset(cls, name: str | None = None, **overrides: Any) -> "Args":
-        """Args with the values of a preset. Without a name it is the preset named like base_policy, if there is one and
-        env_id is the default. Keyword arguments override the values."""
-        if name is not None and name not in PRESETS:
-            raise UserError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
-        if name is None and overrides.get("env_id", cls.env_id) == cls.env_id:
-            name = overrides.get("base_policy")
-        return cls(**PRESETS.get(name, {}) | overrides)
+    preset_key: ClassVar = "base_policy"  # setting that names the preset, without --preset
 
 
 # The defaults are tuned for ik. Success rate over 300 validation episodes, mean and worst of seeds 1 to 8, of the
@@ -118,6 +95,7 @@ PRESETS: dict[str, dict] = {
         "checkpoint_every": 50_000,
     },
 }  # fmt: skip
+Args.presets = PRESETS
 
 
 class Normalizer(nn.Module):
@@ -139,8 +117,8 @@ class Normalizer(nn.Module):
         n, total = len(x), self.count + len(x)
         batch_var, batch_mean = torch.var_mean(x, dim=0, correction=0)
         delta = batch_mean - self.mean
-        m2 = self.var * self.count + batch_var * n + delta.square() * self.count * n / total
-        self.var.copy_(m2 / total)
+        sum_of_squares = self.var * self.count + batch_var * n + delta.square() * self.count * n / total
+        self.var.copy_(sum_of_squares / total)
         self.mean.add_(delta * n / total)
         self.count.add_(n)
 
@@ -233,8 +211,7 @@ class ResidualPolicy:
     """Base policy plus residual policy; scale is alpha * residual_scale."""
 
     def __init__(self, residual_policy: Policy, base_policy: Policy, scale: float, space: Box):
-        self.residual_policy, self.base_policy = residual_policy, base_policy
-        self.scale, self.space = scale, space
+        self.residual_policy, self.base_policy, self.scale, self.space = residual_policy, base_policy, scale, space
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         return apply_residual(self.base_policy(obs), self.residual_policy(obs), self.scale, self.space)
@@ -269,20 +246,20 @@ def collect_rollout(
         check_finite("base action", base_action, f"step {step}")
         residual = agent.sample(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
         env_action = apply_residual(base_action, residual, args.alpha * args.residual_scale, envs.single_action_space)
-        new_obs, reward, terminated, truncated, info = envs.step(env_action)
+        next_obs, reward, terminated, truncated, info = envs.step(env_action)
         step += envs.num_envs * envs.action_repeat
-        check_finite("observation", new_obs, f"step {step}")
+        check_finite("observation", next_obs, f"step {step}")
         check_finite("reward", reward, f"step {step}")
         reward = reward - args.residual_penalty * np.square(np.clip(residual, -1, 1)).sum(1)
 
-        done, next_obs = terminated | truncated, new_obs
+        done, real_next_obs = terminated | truncated, next_obs
         if done.any():
-            next_obs = np.where(done[:, None], info["final_obs"], new_obs)
-            check_finite("final observation", next_obs, f"step {step}")
+            real_next_obs = np.where(done[:, None], info["final_obs"], next_obs)
+            check_finite("final observation", real_next_obs, f"step {step}")
             for i in np.flatnonzero(done):
                 episodes.append({"step": step, **episode_result(info, i)})
-        transitions.append((obs, residual, next_obs, reward, terminated, done))
-        obs = new_obs
+        transitions.append((obs, residual, real_next_obs, reward, terminated, done))  # the agent's action: the residual
+        obs = next_obs
 
     def stack(arrays: tuple[np.ndarray, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.as_tensor(np.stack(arrays), dtype=dtype, device=device)
@@ -403,6 +380,7 @@ def ppo_update(
 
 def make_residual_agent(envs: VectorEnv, args: Args) -> Agent:
     """The agent's actions are residuals: its action space is [-1, 1], and scale_action only clips."""
+    check_flat_box(envs)
     bound = np.ones(envs.single_action_space.shape, np.float32)
     return Agent(envs.single_observation_space.shape[0], -bound, bound, args)
 
@@ -416,15 +394,15 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
         FloatingPointError: a non-finite observation, reward, statistic or parameter.
     """
     args, device = setup(args)
-    envs = make_train_envs(args)
-    base_policy = make_base_policy(args.base_policy, envs)
+    envs = make_envs(args)
     agent = make_residual_agent(envs, args).to(device)
+    base_policy = make_base_policy(args.base_policy, envs)
     if args.final_log_std is not None:
         agent.log_std.requires_grad_(False)
     adam = {"lr": args.learning_rate, "eps": 1e-5, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(agent.parameters(), **adam)
     reward_scaler = RewardScaler(args.num_envs, args.gamma).to(device)
-    backward_fn = compile_function(backward) if args.compile else backward
+    backward_fn = compile_fn(backward) if args.compile else backward
     step, best = 0, None
     obs, _ = envs.reset(seed=args.seed)
 
@@ -434,14 +412,14 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
         obs = envs.load_state_dict(checkpoint["envs"])
         step, best = checkpoint["step"], checkpoint["best"]
 
-    def policy() -> dict:
+    def policy_state() -> dict:
         return policy_contents("residual", Path(__file__).stem, args, agent, step)
 
-    def state() -> dict:
+    def checkpoint_state() -> dict:
         """The contents of a checkpoint: the policy and everything else that --resume needs."""
         return {
-            **policy(), "optimizer": optimizer.state_dict(), "reward_scaler": reward_scaler.state_dict(), "best": best,
-            "envs": envs.state_dict(), "rng": rng_state(),
+            **policy_state(), "best": best, "optimizer": optimizer.state_dict(), "envs": envs.state_dict(),
+            "reward_scaler": reward_scaler.state_dict(), "rng": rng_state(),
         }  # fmt: skip
 
     with Run(Path(__file__).stem, args, args.num_iterations * args.steps_per_iteration, checkpoint) as run:
@@ -475,21 +453,21 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
             check_update(agent, stats, step)  # raises FloatingPointError unless all is finite
 
             evaluation = None
-            if iteration == args.num_iterations or is_due(args.eval_every, step, args.steps_per_iteration):
+            if iteration == args.num_iterations or args.is_due(args.eval_every, step):
                 scale, space = args.alpha * args.residual_scale, envs.single_action_space
                 residual_policy = ResidualPolicy(DeterministicPolicy(agent), base_policy, scale, space)
                 evaluation = run.evaluate(residual_policy, step)
-                if is_better(evaluation, best, args.best_metric):
+                if run.is_best(evaluation, best):
                     best = {"step": step, "agent": deepcopy(agent.state_dict()), "evaluation": evaluation}
-                    run.save("best.pt", policy())
+                    run.save("best.pt", policy_state())
             run.log(step, stats, episodes, evaluation)
             if evaluation and on_evaluation and on_evaluation(step, evaluation):
                 break
             if run.stop_requested and iteration < args.num_iterations:  # Ctrl-C, SIGTERM or SIGUSR1
-                return run.interrupted(state())
-            run.save_checkpoint_if_due(state, step)
+                return run.interrupted(checkpoint_state())
+            run.save_checkpoint_if_due(checkpoint_state, step)
 
-        return run.finish(state(), agent, best, envs)  # final.pt; the best policy becomes policy.onnx
+        return run.finish(checkpoint_state(), agent, best, envs)  # final.pt; the best policy becomes policy.onnx
 
 
 def load_policy(checkpoint: dict, envs: VectorEnv) -> Policy:

@@ -59,7 +59,7 @@ def parse(args_class: type, argv: list[str] | None = None) -> Any:
     argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     names = [f.name for f in fields(args_class)]
-    for name in ("config", "resume", "preset", "env_id", *args_class.preset_keys):
+    for name in {"config", "resume", "preset", "env_id", args_class.preset_key}:
         if name in names:
             first.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name)
     chosen = {name: x for name, x in vars(first.parse_known_args(argv)[0]).items() if x is not None}

@@ -24,8 +24,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from envs import UserError, check_flat_box, constructor_parameters, evaluation, make_vec
-from envs.evaluation import ACTION_KWARGS, OBS_KWARGS, Policy, check_env_module, sha256
+from envs import UserError, evaluation, make_vec
+from envs.evaluation import check_env_module, sha256
 from envs.run import dataset_file, file_hashes, git_commit, lineage, write_file, write_json, writing
 
 STEP_KEYS = ("action", "executed_action", "reward")
@@ -115,43 +115,6 @@ def read_dataset(args: Any) -> Dataset:
 
 
 # Collecting
-
-
-def load_expert(name: str, env_id: str | None, env_kwargs: dict) -> tuple[Policy, str, dict, str]:
-    """Load a policy file, ONNX file or controller. Returns the policy, the id and arguments of its environment, and its
-    file or name.
-
-    Raises:
-        UserError: there is no such policy or environment, or they do not fit together.
-    """
-    checkpoint = {"env_id": env_id or "LateralControl-v0", "env_kwargs": env_kwargs, "file": name}
-    if evaluation.is_policy_path(name):
-        checkpoint = evaluation.read_policy(name)
-        check_env_module(checkpoint["env_id"], env_id, name)
-    if env_id not in (None, checkpoint["env_id"]):
-        raise UserError(f"{name}: a policy for {checkpoint['env_id']}, not {env_id}; change --env-id")
-    env_id, env_kwargs = checkpoint["env_id"], checkpoint["env_kwargs"] | env_kwargs
-    envs = make_vec(env_id, 1, **env_kwargs, training=False, split="train")
-    if not isinstance(envs.single_observation_space, gym.spaces.Dict):
-        check_flat_box(envs)
-    if "agent" in checkpoint:
-        policy = evaluation.load_script(checkpoint["script"]).load_policy(checkpoint, envs)
-    else:
-        policy = evaluation.make_scripted_policy(name, envs)
-        checkpoint["env_kwargs"] = env_kwargs | getattr(policy, "env_kwargs", {})
-    env_kwargs = checkpoint["env_kwargs"] | env_kwargs
-    check_same_kwargs(name, checkpoint["env_kwargs"], env_kwargs, envs)
-    return policy, env_id, env_kwargs, checkpoint["file"]
-
-
-def check_same_kwargs(source: Any, theirs: dict, ours: dict, envs: Any) -> None:
-    """Raises UserError if environment arguments differ that define what an observation or an action means."""
-    parameters = constructor_parameters(type(envs))
-    for name in ACTION_KWARGS + OBS_KWARGS:
-        default = parameters[name].default if name in parameters else None
-        there, here = theirs.get(name, default), ours.get(name, default)
-        if there != here:
-            raise UserError(f"{source}: is for {name} {there}, not {here}; change --env-kwargs")
 
 
 def new_file(args: Any) -> Path:

@@ -2,6 +2,7 @@
 is one rank, and they do nothing."""
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from envs import UserError
+from envs.run import StopSignal, read_checkpoint, set_rng_state
 
 
 def world_size() -> int:
@@ -60,14 +62,25 @@ def seed_rank(seed: int) -> None:
         torch.manual_seed(int(np.random.SeedSequence([seed, rank()]).generate_state(1)[0]))
 
 
-def local_state(checkpoint: dict) -> dict:
-    """Environments and random generators of this rank. Raises UserError if another number of ranks saved them."""
+def same_checkpoint(args: Any) -> Any:
+    """Let all ranks resume from the checkpoint that rank 0 finds."""
+    if not args.resume or world_size() == 1:
+        return args
+    return replace(args, resume=broadcast_from_rank0(lambda: read_checkpoint(args.resume)["file"]))
+
+
+def restore_local(checkpoint: dict) -> dict:
+    """Restore the random generators of this rank. Returns the state of its environments.
+
+    Raises:
+        UserError: another number of ranks saved the checkpoint.
+    """
     states = [checkpoint, *checkpoint["other_ranks"]]
     if len(states) != world_size():
-        raise UserError(
-            f"--resume: {len(states)} processes trained it, not {world_size()}; start {len(states)} with torchrun"
-        )
-    return states[rank()]
+        advice = f"start {len(states)} with torchrun"
+        raise UserError(f"--resume: {len(states)} processes trained it, not {world_size()}; {advice}")
+    set_rng_state(states[rank()]["rng"])
+    return states[rank()]["envs"]
 
 
 def broadcast_from_rank0(function: Callable, *args: Any) -> Any:
@@ -120,3 +133,23 @@ def run(collective: Callable, *args: Any) -> None:
         collective(*args)
     except RuntimeError as error:
         raise UserError(f"another process of this run has ended ({error}); continue with --resume") from error
+
+
+class NullRun(StopSignal):
+    """The run of a rank above 0, which writes nothing."""
+
+    latest_due = converged = False
+
+    def save(self, *args: Any) -> None: ...
+
+    def log(self, *args: Any) -> None: ...
+
+    def evaluate(self, *args: Any) -> dict: ...
+
+    def is_best(self, *args: Any) -> bool: ...
+
+    def interrupted(self, checkpoint: dict) -> dict:
+        return {"status": "interrupted", "signal": int(self.signum or signal.SIGTERM)}
+
+    def finish(self, *args: Any) -> dict:
+        return {"status": "completed"}

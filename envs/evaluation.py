@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from envs import UserError, make_vec
+from envs import UserError, check_flat_box, constructor_parameters, make_vec
 from envs.batch_env import FASTEST_FILM
 
 # A policy maps batched observations (N, ...) to actions (N, A). A policy with state also has reset(indices, envs),
-# called when episodes begin in these environments. One that requires environment arguments has them in env_kwargs.
+# called when episodes begin in these environments. A controller may name the env_kwargs that it requires.
 Policy = Callable[[Any], np.ndarray]
 
 EVAL_ENVS = 24  # environments that an evaluation steps together; more would idle while the last episodes end
@@ -46,6 +46,14 @@ def check_finite(what: str, x: Any, where: str) -> None:
     if not finite.all():
         env = int(finite.reshape(len(finite), -1).all(1).argmin())
         raise NonFiniteError(f"{what} is not finite at {where} in environment {env}")
+
+
+def check_update(agent: nn.Module, stats: dict[str, float], step: int) -> None:
+    """Raises NonFiniteError if a statistic or a parameter is not finite after an update."""
+    wrong = [name for name, x in stats.items() if name != "explained_variance" and not math.isfinite(x)]
+    wrong += [name for name, parameter in agent.named_parameters() if not parameter.isfinite().all()]
+    if wrong:
+        raise NonFiniteError(f"{wrong[0]} is not finite after step {step}; try a lower --learning-rate")
 
 
 def to_numpy(x: Any) -> np.ndarray:
@@ -156,13 +164,10 @@ def evaluate(
         Mean and standard deviation of return and length, success_rate and failure_rate (None if the task has none),
         the mean of every metric of the task, and the result of each episode.
     """
-    env_kwargs, required = {**args.env_kwargs, **args.eval_env_kwargs}, getattr(policy, "env_kwargs", {})
-    for name, value in required.items():
-        if env_kwargs.get(name, value) != value:
-            raise UserError(f"this policy needs {name} {value}, not {env_kwargs[name]}; remove it from --env-kwargs")
     render_mode = "rgb_array" if video else render_mode
     rendering = {} if render_mode is None else {"render_mode": render_mode}
     num_envs = 1 if render_mode == "human" else min(EVAL_ENVS, args.eval_episodes or EVAL_ENVS)
+    required = getattr(policy, "env_kwargs", {})
     envs = make_eval_envs(args, num_envs, split, **required, **rendering)
     try:
         if video:
@@ -173,8 +178,8 @@ def evaluate(
             policy.save(video)
     finally:
         envs.close()
-    about = {"env_id": args.env_id, "env_kwargs": env_kwargs | required, "episodes": episodes, "seed": args.eval_seed}
-    return {**about, **summarize(results)}
+    about = {"env_id": args.env_id, "env_kwargs": args.env_kwargs | args.eval_env_kwargs | required}
+    return {**about, "episodes": episodes, "seed": args.eval_seed, **summarize(results)}
 
 
 def summarize(results: list[dict]) -> dict:
@@ -224,11 +229,6 @@ def selection_key(evaluation: dict, metric: str = "auto") -> tuple[float, ...]:
         raise UserError(f"--best-metric {metric}: no such metric; choose auto, {', '.join(figures(evaluation))}")
     value = figures(evaluation)[metric]
     return (-value if metric in LOWER_IS_BETTER else value, *auto)
-
-
-def is_better(evaluation: dict, best: dict | None, metric: str) -> bool:
-    """Whether an evaluation is better than that of the best policy so far, {"evaluation": ...}."""
-    return best is None or selection_key(evaluation, metric) > selection_key(best["evaluation"], metric)
 
 
 def converged_at(evaluations: list[dict], criterion: dict[str, float] | None) -> int | None:
@@ -337,6 +337,20 @@ class ZeroPolicy:
         return np.zeros((num_envs, self.action_dim), np.float32)
 
 
+def onnx_session(path: str) -> Any:
+    """An ONNX file, ready to run on one thread. Raises UserError if it is missing or damaged."""
+    import onnxruntime  # slow to import
+
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; give a policy.onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no public base class
+        raise UserError(f"{path}: cannot be read as an ONNX file ({error})") from error
+
+
 class OnnxPolicy:
     """A policy from an ONNX file. Its input is an observation (N, obs_dim), or the parts of a dict observation by name.
 
@@ -350,25 +364,16 @@ class OnnxPolicy:
     """
 
     def __init__(self, path: str, obs: Any, action_dim: int):
-        import onnxruntime  # slow to import
-
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file; give a policy.onnx")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level, options.intra_op_num_threads = 4, 1
-        dtypes = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(uint8)": np.uint8}
-        try:
-            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            self.metadata = self.session.get_modelmeta().custom_metadata_map
-            self.env_kwargs = {
-                k: json.loads(self.metadata[k]) for k in ACTION_KWARGS + OBS_KWARGS if k in self.metadata
-            }
-            self.inputs = {i.name: dtypes[i.type] for i in self.session.get_inputs()}
-            shape = self(obs).shape
-        except Exception as error:  # onnxruntime's exceptions have no public base class
-            raise UserError(f"{path}: does not run on observations of this environment ({error})") from error
+        self.session = onnx_session(path)
+        self.metadata = self.session.get_modelmeta().custom_metadata_map
         if "kind" in self.metadata:
             raise UserError(f"{path}: made by the first edition; train again")
+        dtypes = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(uint8)": np.uint8}
+        try:
+            self.inputs = {i.name: dtypes[i.type] for i in self.session.get_inputs()}
+            shape = self(obs).shape
+        except Exception as error:
+            raise UserError(f"{path}: does not run on observations of this environment ({error})") from error
         if shape != (2, action_dim):
             raise UserError(f"{path}: returns actions of shape {shape} for two observations, not {(2, action_dim)}")
 
@@ -464,9 +469,61 @@ def read_json(path: str | Path) -> dict:
         raise UserError(f"{path}: cannot be read as a JSON object ({error})") from None
 
 
-def is_policy_path(name: str) -> bool:
-    """Whether a name is a policy file or run directory, rather than a scripted controller or an ONNX file."""
-    return name.endswith(".pt") or Path(name).is_dir()
+def resolve_policy(
+    name: str, env_id: str | None = None, env_kwargs: dict | None = None, split: str = "test"
+) -> tuple[Policy, str, dict, str]:
+    """Load a policy and determine its environment.
+
+    Args:
+        name: run directory (its best.pt), .pt or .onnx file, or scripted controller.
+        env_id: environment; a file names its own.
+        env_kwargs: keyword arguments for the environment, added to the policy's.
+
+    Returns:
+        The policy, the id and arguments of its environment, and its file or name.
+
+    Raises:
+        UserError: there is no such policy or environment, or they do not fit together.
+    """
+    recorded: dict[str, Any] = {"file": name}
+    if name.endswith(".pt") or Path(name).is_dir():
+        recorded = read_policy(name)
+    elif name.endswith(".onnx"):
+        metadata = onnx_session(name).get_modelmeta().custom_metadata_map
+        if "env_id" in metadata:
+            kwargs = {key: json.loads(metadata[key]) for key in ACTION_KWARGS + OBS_KWARGS if key in metadata}
+            recorded |= {"env_id": metadata["env_id"], "env_kwargs": kwargs}
+    if "env_id" in recorded:
+        check_env_module(recorded["env_id"], env_id, name)
+        if env_id not in (None, recorded["env_id"]):
+            raise UserError(f"{name}: a policy for {recorded['env_id']}, not {env_id}; leave --env-id out")
+    elif env_id is None:
+        raise UserError(f"{name}: no run or file that names its environment; a scripted controller needs --env-id")
+    env_id, env_kwargs = recorded.get("env_id", env_id), recorded.get("env_kwargs", {}) | (env_kwargs or {})
+    envs = make_vec(env_id, 1, training=False, split=split, **env_kwargs)
+    if not isinstance(envs.single_observation_space, gym.spaces.Dict):
+        check_flat_box(envs)
+    if "env_id" in recorded:
+        check_same_kwargs(name, recorded["env_kwargs"], env_kwargs, envs)
+    if "agent" in recorded:
+        policy = load_script(recorded["script"]).load_policy(recorded | {"env_kwargs": env_kwargs}, envs)
+    else:
+        policy = make_scripted_policy(name, envs)
+        required = getattr(policy, "env_kwargs", {})
+        env_kwargs = required | env_kwargs
+        check_same_kwargs(name, env_kwargs | required, env_kwargs, envs)
+    envs.close()
+    return policy, env_id, env_kwargs, recorded["file"]
+
+
+def check_same_kwargs(source: str, theirs: dict, ours: dict, envs: Any) -> None:
+    """Raises UserError if environment arguments differ that define what an observation or an action means."""
+    parameters = constructor_parameters(type(envs))
+    for name in ACTION_KWARGS + OBS_KWARGS:
+        default = parameters[name].default if name in parameters else None
+        there, here = theirs.get(name, default), ours.get(name, default)
+        if there != here:
+            raise UserError(f"{source}: is for {name} {there}, not {here}; change --env-kwargs")
 
 
 def read_policy(path: str, policy_type: str | None = None) -> dict:

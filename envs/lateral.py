@@ -316,9 +316,10 @@ class ChallengeController:
 
         if policy in CONTROLLERS:
             self.policy: Callable = CONTROLLERS[policy]()
+            self.absolute = self.policy.env_kwargs["action_mode"] == "absolute"
         else:
             self.policy = OnnxPolicy(policy, np.zeros((2, OBSERVATIONS), np.float32), 1)
-        self.absolute = self.policy.env_kwargs.get("action_mode") == "absolute"
+            self.absolute = "absolute" in self.policy.metadata.get("action_mode", "")
         self.rows: list[tuple] = []  # target, roll, v, a of the steps it was asked in
         self.lat: list[float] = []
         self.steer, self.integral = np.zeros(MEMORY), np.zeros(1)

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import math
-import netrc
 import os
 import platform
 import re
@@ -35,12 +34,11 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from tyro.constructors import PrimitiveConstructorSpec
 
-from envs import UserError, check_flat_box, make_vec, matches
+from envs import UserError, make_vec, matches
 from envs.evaluation import (
     ACTION_KWARGS,
     BLEND,
     OBS_KWARGS,
-    NonFiniteError,
     converged_at,
     evaluate,
     example_obs,
@@ -48,6 +46,7 @@ from envs.evaluation import (
     make_eval_envs,
     read_json,
     read_policy,
+    selection_key,
     sha256,
 )
 
@@ -96,13 +95,7 @@ def key_value_pairs(parse: Callable[[str], Any]) -> PrimitiveConstructorSpec:
     def to_strings(x: dict) -> list[str]:
         return [str(word) for pair in x.items() for word in pair]
 
-    return PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="[KEY VALUE ...]",
-        instance_from_str=from_strings,
-        is_instance=lambda x: isinstance(x, dict),
-        str_from_instance=to_strings,
-    )
+    return PrimitiveConstructorSpec("*", "[KEY VALUE ...]", from_strings, lambda x: isinstance(x, dict), to_strings)
 
 
 EnvKwargs = Annotated[dict[str, int | float | bool | str | tuple], key_value_pairs(parse_value)]
@@ -128,6 +121,23 @@ class BaseArgs:
     capture_video: bool = False  # record the first episode of each evaluation in videos/
     dry_run: bool = False  # smoke test: one iteration, an evaluation of two episodes, all output files
 
+    presets: ClassVar[dict[str, dict]] = {}  # {name: values that replace the defaults}
+    preset_key: ClassVar[str] = "env_id"  # setting that names the preset of a task
+
+    @classmethod
+    def from_preset(cls, name: str | None = None, **overrides: Any) -> Self:
+        """Settings with the values of a preset, which keyword arguments override. By default it is the one named like
+        env_id or, in a script for one environment, like its base policy or encoder.
+
+        Raises:
+            UserError: there is no such preset.
+        """
+        if name is not None and name not in cls.presets:
+            raise UserError(f"unknown preset {name!r}; choose from {', '.join(cls.presets)}")
+        if name is None and (cls.preset_key == "env_id" or overrides.get("env_id", cls.env_id) == cls.env_id):
+            name = overrides.get(cls.preset_key, getattr(cls, cls.preset_key))
+        return cls(**cls.presets.get(name, {}) | overrides)
+
     @classmethod
     def check_values(cls, values: dict[str, Any], source: str, strict: bool = True) -> dict[str, Any]:
         """Settings from a JSON file or a checkpoint, with tuples for lists. Unknown names are dropped unless strict.
@@ -135,20 +145,19 @@ class BaseArgs:
         Raises:
             UserError: an unknown name or a value of the wrong type.
         """
-        types = {f.name: f.type for f in fields(cls)}
-        if strict and (unknown := [name for name in values if name not in types]):
-            raise UserError(f"{source}: unknown setting {unknown[0]!r}; --help lists the settings")
 
         def with_tuples(x: Any) -> Any:
             if isinstance(x, dict):
                 return {k: with_tuples(item) for k, item in x.items()}
             return tuple(map(with_tuples, x)) if isinstance(x, list) else x
 
-        values = with_tuples({k: x for k, x in values.items() if k in types})
+        types, values = {f.name: f.type for f in fields(cls)}, with_tuples(values)
         for name, value in values.items():
-            if not matches(value, types[name]):
+            if name not in types and strict:
+                raise UserError(f"{source}: unknown setting {name!r}; --help lists the settings")
+            if name in types and not matches(value, types[name]):
                 raise UserError(f"{source}: {name} cannot be {value!r}; --help says what it takes")
-        return values
+        return {name: x for name, x in values.items() if name in types}
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict) -> Self:
@@ -173,8 +182,6 @@ class RunArgs(BaseArgs):
     resume: str | None = None  # run directory or checkpoint to continue; Gymnasium environments start fresh episodes
     pretrained: str | None = None  # policy file or run that initializes actor, critic and normalizer
 
-    preset_keys: ClassVar[list[str]] = []  # flags besides --env-id by which from_preset selects a preset
-
     @property
     def steps_per_iteration(self) -> int:
         """Environment steps per rollout, over all environments. With action repeat k, one action counts as k steps."""
@@ -183,6 +190,10 @@ class RunArgs(BaseArgs):
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.steps_per_iteration
+
+    def is_due(self, interval: int, step: int) -> bool:
+        """Whether the iteration that ended at `step` contains a multiple of the interval; never if it is 0."""
+        return interval > 0 and step // interval > (step - self.steps_per_iteration) // interval
 
 
 def flag(name: str) -> str:
@@ -212,20 +223,18 @@ def setup(args: Any, distributed: bool = False) -> tuple[Any, torch.device]:
     Raises:
         UserError: a value that cannot work.
     """
-    if torch.distributed.is_torchelastic_launched() and not distributed:
-        raise UserError("this script trains in one process; start it without torchrun")
     if args.env_kwargs.get("action_repeat", 1) not in range(1, 10**6):
         raise UserError("--env-kwargs action_repeat must be a whole number from 1")
+    steps, rollout_size = args.steps_per_iteration, args.num_envs * args.num_steps
     if args.dry_run:
-        args = replace(
-            args, total_timesteps=args.steps_per_iteration, checkpoint_every=args.steps_per_iteration, eval_episodes=2
-        )
+        args = replace(args, total_timesteps=steps, checkpoint_every=steps, eval_episodes=2)
     check_args(args)
-    rollout_size = args.num_envs * args.num_steps
+    if torch.distributed.is_torchelastic_launched() and not distributed:
+        raise UserError("this script trains in one process; start it without torchrun")
     if args.minibatch_size < 2 or rollout_size % args.minibatch_size:
         raise UserError(f"--minibatch-size must be at least 2 and divide num_envs * num_steps = {rollout_size}")
-    if args.total_timesteps < args.steps_per_iteration:
-        raise UserError(f"--total-timesteps must be at least one rollout, {args.steps_per_iteration} steps")
+    if args.total_timesteps < steps:
+        raise UserError(f"--total-timesteps must be at least one rollout, {steps} steps")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU; use --device cpu or install PyTorch with CUDA")
     if getattr(args, "freeze_obs_stats", False) and not (args.norm_obs and args.pretrained):
@@ -241,21 +250,22 @@ def setup(args: Any, distributed: bool = False) -> tuple[Any, torch.device]:
     return args, torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def make_train_envs(args: Any, flat: bool = True, **kwargs: Any) -> Any:
+def make_envs(args: Any, **kwargs: Any) -> Any:
     """The training environments. The evaluation's are made once before, so that their errors appear now.
 
     Raises:
-        UserError: invalid arguments, a space that the agent does not support, or no frame for --capture-video.
+        UserError: invalid arguments, or no frame for --capture-video.
     """
     check_evaluation(args)
+    for name in kwargs:
+        if name in args.env_kwargs:
+            raise UserError(f"--env-kwargs {name}: use {flag(name)}")
     group_size = getattr(args, "group_size", 1)
     if args.num_envs % group_size:
         raise UserError(f"--group-size must divide --num-envs {args.num_envs}")
     if group_size > 1:
         kwargs["copies"] = group_size
     envs = make_vec(args.env_id, args.num_envs, threads=args.threads, **kwargs, **args.env_kwargs)
-    if flat:
-        check_flat_box(envs)
     known = ("success_rate", "failure_rate", "mean_return", "mean_length", *envs.measures)
     for metric in (args.best_metric, *(args.stop_at_convergence or ())):
         if metric not in ("auto", *known):
@@ -265,8 +275,7 @@ def make_train_envs(args: Any, flat: bool = True, **kwargs: Any) -> Any:
 
 def check_evaluation(args: BaseArgs) -> None:
     """Make the evaluation environment and, with --capture-video, render a frame. Raises UserError if that fails."""
-    rendering = {"render_mode": "rgb_array"} if args.capture_video else {}
-    envs = make_eval_envs(args, 1, "validation", **rendering)
+    envs = make_eval_envs(args, 1, "validation", **({"render_mode": "rgb_array"} if args.capture_video else {}))
     if args.capture_video:
         envs.reset(seed=args.eval_seed)
         if not isinstance(envs.render(), np.ndarray):
@@ -274,42 +283,18 @@ def check_evaluation(args: BaseArgs) -> None:
     envs.close()
 
 
-def compile_function(function: Callable) -> Callable:
+def compile_fn(function: Callable) -> Callable:
     """torch.compile that traces through loss.backward() where this version of PyTorch can.
 
     Raises:
-        UserError: there is no compiler or, at the first call, it fails.
+        UserError: there is no compiler.
     """
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         raise UserError(f"--compile needs a C++ compiler, and there is no {compiler}; install it")
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):
         torch._dynamo.config.trace_autograd_ops = True
-    compiled = torch.compile(function)
-
-    def call(*args: Any) -> Any:
-        try:
-            return compiled(*args)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-            advice = f"delete the cache {cache_dir()}, which a killed process may have damaged"
-            raise UserError(f"--compile failed ({error.inner_exception}); {advice}") from error
-
-    return call
-
-
-def check_update(agent: nn.Module, stats: dict[str, float], step: int) -> None:
-    """Raises NonFiniteError if a statistic or a parameter is not finite after an update."""
-    wrong = [name for name, x in stats.items() if name != "explained_variance" and not math.isfinite(x)]
-    wrong += [name for name, parameter in agent.named_parameters() if not parameter.isfinite().all()]
-    if wrong:
-        raise NonFiniteError(f"{wrong[0]} is not finite after step {step}; try a lower --learning-rate")
-
-
-def is_due(interval: int, step: int, steps_per_iteration: int) -> bool:
-    """Whether the last steps_per_iteration steps contain a multiple of the interval; never if the interval is 0."""
-    return interval > 0 and step // interval > (step - steps_per_iteration) // interval
+    return torch.compile(function)
 
 
 # Files
@@ -364,12 +349,12 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def cut_log(source: Path, target: Path, last_step: int) -> None:
-    """Copy the lines of a .jsonl or .csv log up to a step, and the header. A torn last line has no step."""
-    lines = source.read_text(encoding="utf-8").splitlines(keepends=True) if source.exists() else []
-    steps = [re.match(r'(?:{"step": )?(\d+),', line) for line in lines]
-    kept = [
-        line for line, step in zip(lines, steps) if line.startswith("step,") or (step and int(step[1]) <= last_step)
-    ]
+    """Copy the header of a .csv log and the lines of a .jsonl or .csv log up to a step."""
+    kept = []
+    for line in source.read_text(encoding="utf-8").splitlines(keepends=True) if source.exists() else []:
+        step = re.match(r'(?:{"step": )?(\d+),', line)  # a torn last line has none
+        if line.startswith("step,") or (step and int(step[1]) <= last_step):
+            kept.append(line)
     write_file(target, "".join(kept).encode())
 
 
@@ -421,7 +406,7 @@ def read_checkpoint(path: str, quiet: bool = False) -> dict:
     newest: dict | None = None
     is_run = Path(path).is_dir()
     for file in checkpoint_files(Path(path)) if is_run else [Path(path)]:
-        if newest is not None and file.name <= f"step_{newest['step']:09d}.pt" and file.name.startswith("step_"):
+        if newest and file.name.startswith("step_") and file.name <= f"step_{newest['step']:09d}.pt":
             break
         try:
             checkpoint = read_policy(str(file))
@@ -494,21 +479,21 @@ def load_agent(agent: nn.Module, policy: dict, args: Any) -> None:
     Raises:
         UserError: the policy is for another environment, network, observation or action range.
     """
-    source, ours, theirs = policy["file"], agent.state_dict(), policy["agent"]
+    source, bounds = policy["file"], ("action_low", "action_high")
     if policy["env_id"] != args.env_id:
         raise UserError(f"{source}: a policy for {policy['env_id']}, not {args.env_id}; give its --env-id")
     for name in OBS_KWARGS:
         here, there = (kwargs.get(name, "the default") for kwargs in (args.env_kwargs, policy["env_kwargs"]))
         if here != there:
             raise UserError(f"{source}: was trained with {name} {there}, not {here}; set it with --env-kwargs")
-    for name in ours | theirs:
-        here, there = (tuple(x[name].shape) if name in x else "absent" for x in (ours, theirs))
-        if here != there:
-            advice = "use the settings that it was trained with, such as --hidden-sizes"
-            raise UserError(f"{source}: {name} has shape {there}, not {here}; {advice}")
-        if name in ("action_low", "action_high") and not torch.equal(ours[name].cpu(), theirs[name]):
-            raise UserError(f"{source}: its actions have another range; give the --env-kwargs it was trained with")
-    agent.load_state_dict(theirs)
+    before = {name: getattr(agent, name).clone() for name in bounds}
+    try:
+        agent.load_state_dict(policy["agent"])
+    except RuntimeError as error:
+        advice = "use the settings that it was trained with, such as --hidden-sizes"
+        raise UserError(f"{source}: does not fit this agent ({error}); {advice}") from error
+    if not all(torch.equal(getattr(agent, name), before[name]) for name in bounds):
+        raise UserError(f"{source}: its actions have another range; give the --env-kwargs it was trained with")
 
 
 def file_hashes(args: BaseArgs) -> dict[str, str]:
@@ -585,27 +570,6 @@ class StopSignal:
         elif time.monotonic() - self.since > 1:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-
-
-class NullRun(StopSignal):
-    """The run of a rank above 0, which writes nothing."""
-
-    latest_due = converged = False
-
-    def save(self, name: str, content: dict) -> None:
-        pass
-
-    def log(self, *args: Any) -> None:
-        pass
-
-    def evaluate(self, policy: Any, step: int) -> dict:
-        raise NotImplementedError("rank 0 evaluates")
-
-    def interrupted(self, checkpoint: dict) -> dict:
-        return {"status": "interrupted", "signal": int(self.signum or signal.SIGTERM)}
-
-    def finish(self, *args: Any) -> dict:
-        return {"status": "completed"}
 
 
 class Run(StopSignal):
@@ -713,12 +677,9 @@ class Run(StopSignal):
         """Weights & Biases. Without a login it logs offline into the run directory."""
         import wandb
 
-        login = "WANDB_API_KEY" in os.environ
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
-            login = login or netrc.netrc().authenticators("api.wandb.ai") is not None
         self.config.setdefault("wandb_id", f"{self.folder.name}-{time.time_ns() % 10**9}")
         about = {"project": "robot-ppo", "name": self.folder.name, "id": self.config["wandb_id"], "resume": "allow"}
-        mode = os.environ.get("WANDB_MODE") or ("online" if login else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
         settings = wandb.Settings(quiet=True)
         return wandb.init(**about, dir=self.folder, config=self.config, mode=mode, settings=settings)
 
@@ -742,6 +703,13 @@ class Run(StopSignal):
         self.evaluations.append(evaluation)
         return evaluation
 
+    def is_best(self, evaluation: dict, best: dict | None) -> bool:
+        """Whether an evaluation is the first or, by --best-metric, better than that of the best policy so far."""
+        if best is None:
+            return True
+        metric = self.args.best_metric
+        return selection_key(evaluation, metric) > selection_key(best["evaluation"], metric)
+
     @property
     def converged(self) -> bool:
         """Whether three consecutive evaluations have met --stop-at-convergence."""
@@ -759,7 +727,7 @@ class Run(StopSignal):
 
     def save_checkpoint_if_due(self, state: Callable[[], dict], step: int) -> None:
         """Write checkpoints/step_*.pt every --checkpoint-every steps, else latest.pt every minute."""
-        if is_due(self.args.checkpoint_every, step, self.args.steps_per_iteration):
+        if self.args.is_due(self.args.checkpoint_every, step):
             self.save(f"checkpoints/step_{step:09d}.pt", state())
         elif self.latest_due:
             self.save("checkpoints/latest.pt", state())

@@ -66,7 +66,7 @@ def test_defaults_and_presets_can_train(script):
     for name in (None, *module.PRESETS):
         args = module.Args.from_preset(name)
         if args.num_envs == "auto":
-            args = module.check_grid_args(args)
+            args = dataclasses.replace(args, num_envs=256)
         run.setup(args)
         batch = args.num_envs * args.num_steps
         assert (args.total_timesteps >= batch, batch % args.minibatch_size) == (True, 0)
@@ -82,7 +82,7 @@ def presets(monkeypatch):
         "LateralControl-v0": {"gamma": 0.75},
         "named": {"gamma": 0.5, "env_kwargs": {"a": 1, "b": 2}},
     }
-    monkeypatch.setattr(ppo_continuous, "PRESETS", rows)
+    monkeypatch.setattr(ppo_continuous.Args, "presets", rows)
 
 
 def test_the_preset_follows_the_environment_and_a_flag_wins(presets):
@@ -231,14 +231,6 @@ def test_values_that_cannot_work_are_refused_by_name(script, change, message):
 
 
 def test_settings_of_one_script_that_cannot_work_are_refused_by_name():
-    grid = importlib.import_module("ppo_grid_socnav")
-    for args, message in (
-        ({"num_rays": 7}, "--num-rays must be even"),
-        ({"cnn_channels": (8, 8)}, "--cnn-channels must be three numbers"),
-        ({"env_kwargs": {"reward": "simple"}}, "--env-kwargs reward: use --reward"),
-    ):
-        with pytest.raises(UserError, match=message):
-            grid.check_grid_args(grid.Args(**args))
     for args in ({"norm_obs": True}, {"norm_obs": False, "pretrained": "runs/clone"}):
         with pytest.raises(UserError, match="--freeze-obs-stats needs --norm-obs and --pretrained"):
             run.setup(ppo.Args(freeze_obs_stats=True, **args))

@@ -184,7 +184,9 @@ def test_only_successes_are_kept_but_all_episodes_are_charged():
 
 
 def test_the_manifest_says_where_the_dataset_is_from():
-    file = bc.collect(bc.CollectArgs(dataset="x", policy="pid", episodes=2, action_noise=0.125))
+    file = bc.collect(
+        bc.CollectArgs(dataset="x", policy="pid", env_id="LateralControl-v0", episodes=2, action_noise=0.125)
+    )
     manifest = json.loads(file.with_suffix(".json").read_text())
     assert file == Path("runs/datasets/x.npz")
     assert (manifest["env_id"], manifest["env_kwargs"]) == ("LateralControl-v0", {"action_mode": "absolute"})
@@ -314,10 +316,10 @@ ERRORS = {
     COLLECT + "--policy ik": r"unknown policy 'ik'; choose zero, straight",
     COLLECT + "--dagger-policy missing.pt": r"missing\.pt: no such file; give a \.pt file",
     COLLECT + "--dataset home": r"home\.npz exists; choose another --dataset name, or remove it",
-    COLLECT + "--policy runs/clone --env-id Pendulum-v1": r"a policy for CloneHome-v0, not Pendulum-v1; change --e",
+    COLLECT + "--policy runs/clone --env-id Pendulum-v1": r"a policy for CloneHome-v0, not Pendulum-v1; leave --e",
     COLLECT + "--policy zero --env-id CartPole-v1": r"actions must be a Box of floats, not Discrete\(2\)",
-    "collect --dataset x --policy pid --episodes 700": r"the train split has 600 episodes, not 700; ask for fewer",
-    "collect --dataset x --policy pid --env-kwargs action_mode delta": r"pid: is for action_mode absolute, not delta",
+    "collect --dataset x --policy feedforward --episodes 700": r"the train split has 600 episodes, not 700",
+    "collect --dataset x --env-kwargs action_mode absolute": r"feedforward: is for action_mode delta, not absolute",
     "train --dataset home --epochs 0": r"--epochs must be from 1 to .*, not 0",
     "train --dataset home --minibatch-size 0": r"--minibatch-size must be 1 or more, and --val-fraction below 1",
     "train --dataset home --eval-episodes 0": r"0 evaluation episodes means all, but CloneHome-v0 has an unlimited",

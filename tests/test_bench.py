@@ -19,7 +19,7 @@ import ppo_residual
 from envs import UserError, lateral, make_vec, run
 from envs.batch_env import BatchEnv
 from envs.evaluation import evaluate, figures, make_base_policy, make_scripted_policy
-from envs.run import make_train_envs, write_json
+from envs.run import make_envs, write_json
 
 sb3 = pytest.importorskip("stable_baselines3")
 BENCH = Path(__file__).resolve().parents[1] / "tools" / "bench.py"
@@ -71,7 +71,7 @@ class Two(BatchEnv):
 def adapter(env_id, contender=OURS, **changes):
     """The adapter for a task, its native twin at the same start, and what they show there."""
     args = replace(settings(env_id, contender, seed=5), num_envs=3, **changes)
-    vec, twin = (make_train_envs(args) for _ in range(2))
+    vec, twin = (make_envs(args) for _ in range(2))
     native = NativeVecEnv(vec, bench_sb3.unit_actions(vec, args), getattr(args, "residual_penalty", 0.0))
     native.seed(5)
     return args, native, twin, native.reset(), twin.reset(seed=5)[0]

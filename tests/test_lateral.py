@@ -638,9 +638,8 @@ def test_a_deployed_controller_steers_as_its_policy_learned_to(learned, tmp_path
     assert not ChallengeController(learned).absolute
     assert ChallengeController("pid").absolute
     assert not ChallengeController("feedforward").absolute
-    assert evaluation.make_scripted_policy(str(tmp_path / "absolute.onnx"), LateralControl()).env_kwargs == {
-        "action_mode": "absolute"
-    }
+    _, env_id, env_kwargs, _ = evaluation.resolve_policy(str(tmp_path / "absolute.onnx"))
+    assert (env_id, env_kwargs) == ("LateralControl-v0", {"action_mode": "absolute"})
 
 
 def test_a_model_that_gives_no_number_stops_the_episode(monkeypatch):

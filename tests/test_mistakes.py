@@ -134,7 +134,7 @@ FILES = {
     "foreign.pt": r"foreign\.pt: not a policy file; give best\.pt, final\.pt or a checkpoint of a run",
     "first_edition.pt": r"first_edition\.pt: made by the first edition; train again",
     "policy.pt": r"policy\.pt: holds a policy, but a residual is needed",
-    "sizes.pt": r"sizes\.pt: actor\.0\.weight has shape \(8, 25\), not \(64, 25\); use the settings",
+    "sizes.pt": r"sizes\.pt: does not fit this agent .*actor\.0\.weight.*\[8, 25\].*\[64, 25\].*; use the settings",
 }
 
 
@@ -146,7 +146,7 @@ def test_policy_file(refused, flag, name):
 
 RESIDUAL = {
     "--base-policy missing.onnx": r"missing\.onnx: no such file; give a policy\.onnx",
-    "--base-policy corrupt.onnx": r"corrupt\.onnx: does not run on observations of this environment",
+    "--base-policy corrupt.onnx": r"corrupt\.onnx: cannot be read as an ONNX file",
     "--base-policy shapes.onnx": r"shapes\.onnx: does not run on observations of this environment",
     "--base-policy first_edition.onnx": r"first_edition\.onnx: made by the first edition; train again",
     "--base-policy run/policy.onnx": r"policy\.onnx is a residual policy; clone it with bc_pretrain\.py",
@@ -256,7 +256,7 @@ def test_flag_that_tyro_refuses(command):
 
 def test_as_a_process(command, monkeypatch):
     """One line and status 2; ROBOT_PPO_TRACEBACK=1 shows the traceback before it."""
-    before, flags, message = files(), TRAIN + "--base-policy corrupt.onnx", r"corrupt\.onnx: does not run"
+    before, flags, message = files(), TRAIN + "--base-policy corrupt.onnx", r"corrupt\.onnx: cannot be read"
     script = [sys.executable, ppo_residual.__file__]
     done = subprocess.run([*script, *flags.split()], capture_output=True, text=True, timeout=120)
     assert_refused(done.returncode, [line for line in done.stderr.splitlines() if line], message)
@@ -280,7 +280,7 @@ def test_nan_and_interruption_during_set_up(command, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ppo_residual, "make_train_envs", interrupt)
+    monkeypatch.setattr(ppo_residual, "make_envs", interrupt)
     assert command(TRAIN) == (130, ["interrupted"])
 
 

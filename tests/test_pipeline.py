@@ -166,9 +166,9 @@ def test_a_grid_run_is_an_expert():
 
 ERRORS = {
     "--env-kwargs grid_size 32": r"corridor\.npz: is for grid_size 20, not 32; change --env-kwargs",
-    "--norm-obs True": r"a grid policy needs --norm-obs False, an even --num-rays and three --cnn-channels",
-    "--num-rays 3": r"a grid policy needs --norm-obs False, an even --num-rays and three --cnn-channels",
-    "--cnn-channels 8 8": r"a grid policy needs --norm-obs False, an even --num-rays and three --cnn-channels",
+    "--norm-obs True": r"a grid policy does not normalize observations; set --norm-obs False",
+    "--num-rays 3": r"--num-rays must be even, half of the rays on either side, and --cnn-channels three numbers",
+    "--cnn-channels 8 8": r"--num-rays must be even, half of the rays on either side, and --cnn-channels three",
 }
 
 

@@ -723,7 +723,7 @@ def backend(request, monkeypatch):
 def test_compiled_gradient_equals_eager_and_is_compiled_once(backend):
     args, agent = ppo.Args(), make_agent()
     optimizer = make_optimizer(agent, args)
-    compiled = run.compile_function(ppo.backward)
+    compiled = run.compile_fn(ppo.backward)
     _, gradients = gradient_of(agent, compiled, args, make_data(agent), critic_only=True)
     _, expected = gradient_of(agent, ppo.backward, args, make_data(agent), critic_only=True)
     assert all(name.startswith("critic") for name in expected)

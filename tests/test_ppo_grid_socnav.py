@@ -358,11 +358,19 @@ def test_a_dry_run_and_its_policy_files(encoder, tmp_path, command, monkeypatch)
 
 
 def test_auto_is_a_number_of_environments_that_suits_the_device(monkeypatch):
-    assert ppo.check_grid_args(ppo.Args()).num_envs == 256
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert ppo.check_grid_args(ppo.Args()).num_envs == 256
-    assert ppo.check_grid_args(ppo.Args(device="auto")).num_envs == 2048
-    assert ppo.check_grid_args(ppo.Args(device="cuda", num_envs=512)).num_envs == 512
+    """Seen in the settings that setup() gets."""
+    seen = []
+
+    def setup(args, distributed):
+        seen.append(args.num_envs)
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(ppo, "setup", setup)
+    for args, on_gpu in (({}, False), ({}, True), ({"device": "auto"}, True), ({"num_envs": 512}, True)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
+        with pytest.raises(RuntimeError, match="stop"):
+            ppo.train(ppo.Args(**args))
+    assert seen == [256, 256, 2048, 512]
 
 
 def test_presets():
@@ -460,17 +468,17 @@ MISTAKES = {
     "--pretrained bicycle.pt": r"bicycle\.pt: its actions have another range; give the --env-kwargs",
     "--pretrained channels.pt": r"channels\.pt: was trained with grid_channels obstacles, not near; set it with --env",
     "--pretrained size.pt": r"size\.pt: was trained with grid_size 32, not (64|the default); set it with --env-kwargs",
-    "--pretrained rays.pt": r"rays\.pt: actor\.1\.0\.weight has shape .*; use the settings that it was trained with",
-    "--pretrained cnn.pt": r"cnn\.pt: actor\.1\.0\.weight has shape .*; use the settings that it was trained with",
+    "--pretrained rays.pt": r"rays\.pt: does not fit this agent .*actor\.1\.0\.weight.*; use the settings",
+    "--pretrained cnn.pt": r"cnn\.pt: does not fit this agent .*actor\.1\.0\.weight.*; use the settings",
     "--pretrained pendulum.pt": r"pendulum\.pt: a policy for Pendulum-v1, not SocNavGrid-v0; give its --env-id",
-    "--env-kwargs grid_channels combined": r"needs the grid channel obstacles or near, not only combined",
+    "--env-kwargs grid_channels combined": r"needs a grid channel obstacles or near, not combined",
     "--env-kwargs scenario francis2023_blind_corner": r"francis2023_blind_corner is kept for the test split",
     "--env-kwargs device cpu": r"--env-kwargs device: use --device",
     "--reward speed": r"SocNavGrid-v0: reward must be one of simple, .*snqi_step, not 'speed'",
     "--reward-weights missing.json": r"missing\.json: cannot be read as a JSON object \(.*No such file",
     "--reward simple --reward-weights lacking.json": r"lacking\.json: .*must have pedestrian_contact, .*goal; add what",
     "--eval-episodes 0": r"0 evaluation episodes means all, but SocNavGrid-v0 has an unlimited number; give a number",
-    "--cnn-channels 4 4 4 4": r"--cnn-channels must be three numbers, not \(4, 4, 4, 4\)",
+    "--cnn-channels 4 4 4 4": r"--num-rays must be even, .* and --cnn-channels three numbers",
     "--num-envs auto --minibatch-size 100": r"--minibatch-size must .*divide num_envs \* num_steps = 4096",
     "--resume run --total-timesteps 256 --reward simple": r"--reward was 'route_completion' in run and cannot change",
     "--resume run --total-timesteps 256 --grid-encoder cnn": r"--grid-encoder was 'rays' in run and cannot change",

@@ -209,7 +209,7 @@ def test_a_signal_during_the_export_lets_the_run_finish(whole, tmp_path, command
 
 
 def test_ctrl_c_during_setup(tmp_path, command, monkeypatch):
-    at_call(monkeypatch, ppo, "make_train_envs", 1, send(signal.SIGINT))
+    at_call(monkeypatch, ppo, "make_envs", 1, send(signal.SIGINT))
     assert command(f"--run-root {tmp_path}") == (130, ["interrupted"])
     assert not any(tmp_path.iterdir())
 
@@ -552,6 +552,9 @@ def test_weights_and_biases_continues_a_resumed_run(tmp_path, monkeypatch):
         def log(self, scalars, step):
             assert scalars.keys() >= {"train/value_loss", "time/sps"}
             self.runs[-1][-1].append(step)
+
+        def login(self, prompt):
+            return False
 
         def finish(self):
             pass

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ import torch
 from bench_results import Row, measured, number, place, spread, table
 
 from envs import UserError, ballbot, check_flat_box, lateral, lateral_model, make_vec, so101
-from envs.evaluation import Policy, is_policy_path, load_script, make_scripted_policy, read_policy
+from envs.evaluation import Policy, load_script, make_scripted_policy, read_policy
 from envs.run import SET_BY_SCRIPT
 from envs.socnav.dynamics import rotate
 from envs.socnav.environment import SocNavGrid
@@ -45,7 +46,7 @@ class Envs:
 
 def make_policy(name: str, vec) -> Policy:
     """A scripted controller, or the policy in a file with its base."""
-    if not is_policy_path(name):
+    if not (name.endswith(".pt") or Path(name).is_dir()):
         return make_scripted_policy(name, vec)
     policy = read_policy(name)
     if isinstance(vec, SocNavGrid):

@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 import ppo_residual
 from envs.batch_env import BatchEnv, GymVec
 from envs.evaluation import Policy, make_base_policy
-from envs.run import make_train_envs
+from envs.run import make_envs
 
 Act = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (obs (N, O), action (N, A)) -> the environment's action (N, A)
 
@@ -129,7 +129,7 @@ def sb3_settings(args: Any) -> dict[str, Any]:
 
 def make_env(args: Any) -> tuple[VecNormalize, Act]:
     """The environments, normalized as args say, and what their actions mean."""
-    vec = make_train_envs(args)
+    vec = make_envs(args)
     if isinstance(vec, GymVec):  # as a user of Stable-Baselines3 makes them
         vec.close()
         env, act = make_vec_env(args.env_id, args.num_envs, seed=args.seed), lambda obs, action: action

@@ -9,7 +9,6 @@
 Episode i of a seed begins in the same way for every policy, so policies can be compared episode by episode.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-import onnx
 import torch
 import tyro
 
@@ -26,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from envs import UserError, evaluation, make_vec
 from envs.cli import one_line_errors
-from envs.evaluation import ACTION_KWARGS, OBS_KWARGS, Policy, describe, evaluate
+from envs.evaluation import Policy, describe, evaluate
 from envs.run import BaseArgs, EnvKwargs, check_args, write_json
 
 
@@ -59,41 +57,14 @@ def check(args: Args) -> None:
 
 def load(args: Args) -> tuple[Policy, BaseArgs]:
     """The policy, and the environment and episodes to evaluate it in. Raises UserError if they do not fit."""
-    name, checkpoint, env_id, env_kwargs = args.policy, None, None, {}
-    if evaluation.is_policy_path(name):
-        checkpoint = evaluation.read_policy(name)
-        env_id, env_kwargs = checkpoint["env_id"], checkpoint["env_kwargs"]
-    elif name.endswith(".onnx"):
-        try:
-            metadata = {entry.key: entry.value for entry in onnx.load(name, load_external_data=False).metadata_props}
-            env_kwargs = {key: json.loads(metadata[key]) for key in ACTION_KWARGS + OBS_KWARGS if key in metadata}
-        except Exception as error:  # those of protobuf have no public base class
-            raise UserError(f"{name}: cannot be read as an ONNX file ({error})") from error
-        env_id = metadata.get("env_id")
-
-    if env_id is None and args.env_id is None:
-        raise UserError(f"{name}: no run or file that names its environment; a scripted controller needs --env-id")
-    if env_id is not None:
-        if args.env_id not in (None, env_id):
-            raise UserError(f"{name}: a policy for {env_id}, not {args.env_id}; leave --env-id out")
-        evaluation.check_env_module(env_id, args.env_id, name)
-        for key in ACTION_KWARGS + OBS_KWARGS:
-            if key in args.env_kwargs and args.env_kwargs[key] != env_kwargs.get(key):
-                raise UserError(f"{name}: was trained with another {key}; remove it from --env-kwargs")
-
-    env_id = env_id or args.env_id
-    task = BaseArgs(env_id=env_id, env_kwargs=env_kwargs | args.env_kwargs, seed=args.seed, threads=args.threads)
-    check_args(task)
+    check_args(BaseArgs(env_kwargs=args.env_kwargs, seed=args.seed, threads=args.threads))
+    policy, env_id, env_kwargs, _ = evaluation.resolve_policy(args.policy, args.env_id, args.env_kwargs, args.split)
     rendering = {"render_mode": "rgb_array"} if args.video else {}
-    envs = make_vec(env_id, 1, args.seed, training=False, split=args.split, **task.env_kwargs, **rendering)
+    envs = make_vec(env_id, 1, args.seed, training=False, split=args.split, **env_kwargs, **rendering)
     if args.video and envs.render() is None:
         raise UserError(f"--video: {env_id} does not render images")
-    if checkpoint:
-        checkpoint["env_kwargs"] = task.env_kwargs
-        policy = evaluation.load_script(checkpoint["script"]).load_policy(checkpoint, envs)
-    else:
-        policy = evaluation.make_scripted_policy(name, envs)
     envs.close()
+    task = BaseArgs(env_id=env_id, env_kwargs=env_kwargs, seed=args.seed, threads=args.threads)
     return policy, replace(task, eval_episodes=args.episodes or envs.num_episodes or 0, eval_seed=args.seed)
 
 
