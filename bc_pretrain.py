@@ -5,10 +5,10 @@ script, so that PPO can start from the clone. Cloning is supervised regression o
 
     L = E[|mu(obs) - action|^2]        or, with --loss nll,        L = -E[log pi(action | obs)]
 
-The critic is trained on the recorded returns-to-go G_t = r_t + gamma G_t+1. An expert without errors never demonstrates
-how to recover from one. With --action-noise the executed action is perturbed, but the intended one is recorded. With
---dagger-policy another policy, such as an earlier clone, acts in every other environment while the expert labels its
-states (Ross et al. 2011).
+The critic is trained on the returns-to-go of the recorded episodes, G_t = r_t + gamma G_t+1. An expert without errors
+never demonstrates how to recover from one. With --action-noise the executed action is perturbed, but the intended one
+is recorded. With --dagger-policy another policy, such as an earlier clone, acts in every other environment while the
+expert labels its states, as in DAgger (Ross et al. 2011) but in a dataset of its own.
 
     expert     python ppo_continuous.py --env-id Ballbot-v0                         or a controller of the environment
     collect    python bc_pretrain.py collect --policy runs/<run> --dataset ballbot --action-noise 0.1
@@ -51,7 +51,7 @@ class CollectArgs:
     episodes: int = 200  # total number of episodes, divided among the seeds
     seeds: tuple[int, ...] = (42,)  # seeds of the episodes and of the noise
     only_successes: bool = False  # keep only successful episodes
-    action_noise: float = 0.0  # standard deviation of the noise, as a fraction of half the action range
+    action_noise: float = 0.0  # standard deviation of the noise as a fraction of half the action range; often 0.05-0.1
     dagger_policy: str | None = None  # DAgger: policy file or run that acts in every other environment
     threads: int = 1  # CPU threads of the bundled simulators
     run_root: str = "runs"  # parent directory of datasets/ and of all run directories
@@ -93,7 +93,7 @@ class Args(BaseArgs):  # BaseArgs: environment, evaluation, run directory, track
 
     grid_encoder: Literal["rays", "cnn"] = "rays"  # encoder of occupancy grids: fixed rays (fast) or a CNN
     num_rays: int = 36  # rays per grid channel; even
-    cnn_channels: tuple[int, ...] = (8, 16, 16)  # channels of the three convolutions; published: 32 64 64
+    cnn_channels: tuple[int, ...] = (8, 16, 16)  # channels of the three convolutions
     num_pedestrians: int = 8  # nearest pedestrians that the policy observes
     pedestrian_hidden: int = 16  # hidden units of the pedestrian network
 
@@ -277,7 +277,7 @@ def split_episodes(episode_starts: np.ndarray, val_fraction: float, seed: int) -
 def load_dataset(args: Args) -> tuple[Dataset, Args]:
     """Read the dataset and fill in the settings that depend on it."""
     dataset = read_dataset(args)
-    if dataset.manifest.get("quality") == "quarantined" or not dataset.is_unchanged():
+    if dataset.metadata.get("quality") == "quarantined" or not dataset.is_unchanged():
         raise UserError(f"{dataset.file}: does not pass its checks, see validate; collect it again")
     if len(dataset) < 2:
         raise UserError(f"{dataset.file}: one episode cannot be split into training and validation; collect more")
@@ -382,8 +382,8 @@ class Recorder:
 
 
 def collect(args: CollectArgs) -> Path:
-    """Record the expert on the training split of the published task (training=False). Returns the dataset file. Raises
-    UserError if there is no such expert or environment, or no successful episode."""
+    """Record the expert on the training split and return the dataset file. training=False turns off what makes the task
+    easier to learn, such as shorter episodes. Raises UserError if there is no such expert or no successful episode."""
     for seed in args.seeds:
         check_args(BaseArgs(seed=seed, env_kwargs=args.env_kwargs, threads=args.threads))
     if not 1 <= len(set(args.seeds)) == len(args.seeds) <= args.episodes or args.episodes < 2:
@@ -417,12 +417,12 @@ def collect(args: CollectArgs) -> Path:
     totals = {"episodes": len(results), "env_steps": sum(result["length"] for result in results)}  # all, kept or not
     about = {"env_id": env_id, "env_kwargs": env_kwargs, "collected_with": asdict(args), "totals": totals}
     dataset = demonstrations.write_dataset(file, episodes, kept, {**about, "packed": packed}, policies)
-    print(f"{args.policy}: {evaluation.describe(dataset.manifest)}\n{file}: {dataset.manifest['quality']}")
+    print(f"{args.policy}: {evaluation.describe(dataset.metadata)}\n{file}: {dataset.metadata['quality']}")
     return file
 
 
 def validate(args: ValidateArgs) -> bool:
-    """Check a dataset, print the results and note its quality in the manifest. Returns whether all checks pass."""
+    """Check a dataset, print the results and note its quality in the metadata. Returns whether all checks pass."""
     dataset = read_dataset(args)
     problems = demonstrations.run_checks(dataset)
     for check, problem in problems.items():
@@ -437,7 +437,7 @@ def inspect(args: InspectArgs) -> None:
     if args.episode is None:
         if args.video or args.render:
             raise UserError("--video and --render show one episode; choose it with --episode")
-        print(f"{dataset.env_id}, {evaluation.describe(dataset.manifest)}, {dataset.manifest['quality']}")
+        print(f"{dataset.env_id}, {evaluation.describe(dataset.metadata)}, {dataset.metadata['quality']}")
     for name, x in dataset.arrays.items():
         print(f"{name:15} {x.shape} {x.dtype}")
     if args.episode is not None:
@@ -455,7 +455,7 @@ def load_policy(checkpoint: dict, envs: VectorEnv) -> Policy:
 def main() -> None:
     with one_line_errors():
         if sys.argv[1:2] == ["train"]:  # its settings may come from --config
-            train(parse(Args, sys.argv[2:]))
+            train(parse(Args, sys.argv[2:], "bc_pretrain.py train"))
             return
         commands = {"collect": CollectArgs, "validate": ValidateArgs, "inspect": InspectArgs, "train": Args}
         args = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)

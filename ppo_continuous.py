@@ -37,7 +37,7 @@ from envs.run import Run, RunArgs, compile_fn, load_agent, make_envs, policy_con
 
 
 @dataclass(kw_only=True)
-class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpoints, tracking, device
+class Args(RunArgs):  # RunArgs: run directory, evaluation, device, ...; steps_per_iteration, num_iterations
     env_id: str = "LateralControl-v0"  # environment with flat Box observations and actions
     total_timesteps: Steps = 1_000_000  # total environment steps; with action repeat k, one action counts as k steps
     num_envs: int = 8  # number of parallel environments
@@ -70,7 +70,7 @@ class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpo
 
 
 CLEANRL = {"num_envs": 1, "num_steps": 2048}  # one environment, as in CleanRL's published runs
-# The alive bonus is a tenth of the published one, which makes it worth as much as driving at 0.2 m/s. A fall is
+# The alive bonus is a tenth of the environment's, which makes it worth as much as driving at 0.2 m/s. A fall is
 # penalized. The reward shrinks above 0.3 m/s, because near the top speed of its wheels the robot can no longer brake.
 BALLBOT = {
     "env_kwargs": {"action_repeat": 4, "alive_reward": 0.002, "fall_penalty": 2.0, "speed_limit": 0.3},

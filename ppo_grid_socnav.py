@@ -9,9 +9,9 @@ features and the encoder between observation and network:
     goal          waypoint and route direction, clipped and rescaled
     symmetry      the mean action is mu(o) = (f(o) + M f(M o)) / 2, where M mirrors features or actions
 
-Rays are read through an index table and are nearly free on a CPU; the CNN is the published design, for GPUs and long
-runs. Symmetry is built in rather than learned (Abdolhosseini et al. 2019), which lowers the failure rate in unseen
-places. The features without parameters are in envs/socnav/features.py.
+Rays are read through an index table and are nearly free on a CPU; the CNN is for GPUs and long runs. Symmetry is built
+in rather than learned (Abdolhosseini et al. 2019), which lowers the failure rate in unseen places. The features without
+parameters are in envs/socnav/features.py.
 
     train      python ppo_grid_socnav.py                             10 million steps
     resume     python ppo_grid_socnav.py --resume runs/<run>
@@ -47,15 +47,15 @@ from envs.socnav import features
 
 
 @dataclass(kw_only=True)
-class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpoints, tracking, device
+class Args(RunArgs):  # RunArgs: run directory, evaluation, device, ...; steps_per_iteration, num_iterations
     env_id: str = "SocNavGrid-v0"  # environment with the observations of SocNavGrid-v0
     total_timesteps: Steps = 10_000_000  # environment steps, summed over all environments
     num_envs: int | Literal["auto"] = "auto"  # number of parallel environments; auto = 256 on CPU, 2048 on GPU
     num_steps: int = 32  # rollout length per environment
 
-    grid_encoder: Literal["rays", "cnn"] = "rays"  # proximity along rays (fast), or a CNN (published design)
+    grid_encoder: Literal["rays", "cnn"] = "rays"  # proximity along rays (fast), or a CNN over the grid
     num_rays: int = 36  # rays: number of rays per obstacle channel (even)
-    cnn_channels: tuple[int, ...] = (8, 16, 16)  # cnn: channels of its three layers; 32 64 64 is the published size
+    cnn_channels: tuple[int, ...] = (8, 16, 16)  # cnn: channels of its three layers
     num_pedestrians: int = 8  # number of nearest pedestrians that the policy observes
     pedestrian_hidden: int = 16  # hidden units of the per-pedestrian MLP
     reward: str = "route_completion"  # training reward: simple, punish_action, snqi_step, route_completion
@@ -188,10 +188,9 @@ class Encoder(nn.Module):
         parts = [dense_features, embeddings.max(-2).values, embeddings.sum(-2)]
         if self.cnn is not None:
             packed_grid = packed_grid.unflatten(-1, (self.channels, self.grid_size, -1))
-            images = features.unpack_bits(packed_grid, self.grid_size).flatten(
-                0, -4
-            )  # Conv2d takes one batch dimension
-            parts.append(self.cnn(images).reshape(*obs.shape[:-1], -1))
+            images = features.unpack_bits(packed_grid, self.grid_size)  # (..., channels, grid_size, grid_size)
+            image_features = self.cnn(images.flatten(0, -4))  # Conv2d takes one batch dimension
+            parts.append(image_features.reshape(*obs.shape[:-1], -1))
         return torch.cat(parts, dim=-1)
 
 

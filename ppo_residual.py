@@ -39,14 +39,14 @@ from envs.run import Run, RunArgs, compile_fn, load_agent, make_envs, policy_con
 
 
 @dataclass(kw_only=True)
-class Args(RunArgs):  # RunArgs: environment, run directory, evaluation, checkpoints, tracking, device
+class Args(RunArgs):  # RunArgs: run directory, evaluation, device, ...; steps_per_iteration, num_iterations
     env_id: str = "SO101Paper-v0"  # environment with flat Box observations and actions
     total_timesteps: Steps = 50_000  # total environment steps; with action repeat k, one action counts as k steps
     num_envs: int = 8  # number of parallel environments
     num_steps: int = 256  # rollout length per environment
 
     base_policy: str = "ik"  # zero, a controller of the environment, PATH.onnx, or blend:A:B:w for w A + (1 - w) B
-    alpha: float = 0.7  # factor on residual_scale, as in the published task; only their product has an effect
+    alpha: float = 0.7  # factor on residual_scale; only their product has an effect
     residual_scale: float = 0.02  # action (rad) per unit of residual at alpha = 1
     residual_penalty: float = 0.001  # cost of |clipped residual|^2 per action, in training only
 

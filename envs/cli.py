@@ -53,7 +53,7 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(2 if isinstance(error, UserError) else 1 if isinstance(error, NonFiniteError) else 130)
 
 
-def parse(args_class: type, argv: list[str] | None = None) -> Any:
+def parse(args_class: type, argv: list[str] | None = None, prog: str | None = None) -> Any:
     """The settings of the command line. A flag wins over --config or --resume, which win over the preset of the task
     or --preset, which wins over the defaults. --help shows the values in force."""
     argv = sys.argv[1:] if argv is None else argv
@@ -82,7 +82,8 @@ def parse(args_class: type, argv: list[str] | None = None) -> Any:
         preset = preset or values.get("preset")
     default = args_class.from_preset(preset, **(values | chosen))
 
-    args = tyro.cli(args_class, default=default, args=argv, description=sys.modules[args_class.__module__].__doc__)
+    description = sys.modules[args_class.__module__].__doc__
+    args = tyro.cli(args_class, prog=prog, default=default, args=argv, description=description)
     # Environment arguments add to those of the preset or file
     added = {name: getattr(default, name) | getattr(args, name) for name in ("env_kwargs", "eval_env_kwargs")}
     return replace(args, **added)

@@ -1,4 +1,4 @@
-"""Datasets of demonstrations: <run-root>/datasets/NAME.npz and its metadata NAME.json, the manifest.
+"""Datasets of demonstrations: <run-root>/datasets/NAME.npz and its metadata NAME.json.
 
 Arrays over the n steps of all episodes, one episode after the other:
     obs              (n, obs_dim) float32; for dict observations one array per part: obs_robot, obs_grid, ...
@@ -12,7 +12,9 @@ Arrays over the m episodes:
     successes        (m,) bool; False if the task does not define success
     terminated       (m,) bool; False if the time limit truncated the episode
     scenario         (m,) text, for environments with scenarios
-Binary grids are stored with eight cells per byte along the last axis; manifest["packed"] has the length of that axis.
+Binary grids are stored with eight cells per byte along the last axis; metadata["packed"] has the length of that axis.
+metadata["quality"] is validated if the dataset passes its checks and has 200 episodes, draft if it has fewer, and
+quarantined if a check fails.
 """
 
 import io
@@ -41,13 +43,13 @@ class Dataset:
         UserError: the file is damaged or its arrays do not fit together.
     """
 
-    def __init__(self, file: Path, manifest: dict):
-        self.file, self.manifest = file, manifest
+    def __init__(self, file: Path, metadata: dict):
+        self.file, self.metadata = file, metadata
         try:
-            self.env_id, self.packed = manifest["env_id"], manifest["packed"]
-            self.env_kwargs = {k: tuple(x) if isinstance(x, list) else x for k, x in manifest["env_kwargs"].items()}
-            self.action_noise = manifest["collected_with"]["action_noise"]
-            self.dagger_policy = manifest["collected_with"]["dagger_policy"]
+            self.env_id, self.packed = metadata["env_id"], metadata["packed"]
+            self.env_kwargs = {k: tuple(x) if isinstance(x, list) else x for k, x in metadata["env_kwargs"].items()}
+            self.action_noise = metadata["collected_with"]["action_noise"]
+            self.dagger_policy = metadata["collected_with"]["dagger_policy"]
             with np.load(file, allow_pickle=False) as content:
                 self.arrays = dict(content)
             check_arrays(self.arrays)
@@ -75,7 +77,7 @@ class Dataset:
         return make_vec(self.env_id, 1, **self.env_kwargs | {"training": False, "split": "train", **kwargs})
 
     def is_unchanged(self) -> bool:
-        return sha256(self.file) == self.manifest.get("sha256")
+        return sha256(self.file) == self.metadata.get("sha256")
 
 
 def is_step_array(name: str) -> bool:
@@ -102,15 +104,15 @@ def read_dataset(args: Any) -> Dataset:
         UserError: it is missing, damaged or made by the first edition.
     """
     file = dataset_file(args)
-    manifest_file = file.with_suffix(".json")
-    for path in (file, manifest_file):
+    metadata_file = file.with_suffix(".json")
+    for path in (file, metadata_file):
         if not path.is_file():
             raise UserError(f"{path}: no such file; collect the dataset")
-    manifest = evaluation.read_json(manifest_file)
-    if "played" in manifest:
+    metadata = evaluation.read_json(metadata_file)
+    if "played" in metadata:
         raise UserError(f"{file}: made by the first edition; collect it again")
-    dataset = Dataset(file, manifest)
-    check_env_module(dataset.env_id, args.env_id, str(manifest_file))
+    dataset = Dataset(file, metadata)
+    check_env_module(dataset.env_id, args.env_id, str(metadata_file))
     return dataset
 
 
@@ -144,14 +146,14 @@ def pack_obs(obs: Any, packed: dict[str, int]) -> dict[str, np.ndarray]:
 
 
 def write_dataset(
-    file: Path, episodes: list[dict], results: list[dict], manifest: dict, policies: list[str]
+    file: Path, episodes: list[dict], results: list[dict], metadata: dict, policies: list[str]
 ) -> Dataset:
-    """Write the file and, after the checks, its manifest.
+    """Write the file and, after the checks, its metadata.
 
     Args:
         episodes: the step arrays (T, ...) of each episode, grids packed, and `terminated`; emptied to save memory.
         results: what rollout() returns for each episode, and its `seed`.
-        manifest: the settings.
+        metadata: the settings.
         policies: files or names of the policies that acted.
     """
     arrays = {"episode_starts": np.cumsum([0, *(len(episode["reward"]) for episode in episodes)])}
@@ -167,24 +169,24 @@ def write_dataset(
     np.savez_compressed(buffer, **arrays)
     write_file(file, buffer.getvalue())
 
-    manifest |= {"episodes": len(results), "steps": len(arrays["reward"]), **evaluation.summarize(results)}
-    del manifest["per_episode"]
-    manifest |= {"git_commit": git_commit(), "sha256": sha256(file), "parents": {}}
+    metadata |= {"episodes": len(results), "steps": len(arrays["reward"]), **evaluation.summarize(results)}
+    del metadata["per_episode"]
+    metadata |= {"git_commit": git_commit(), "sha256": sha256(file), "parents": {}}
     for name in policies:
-        files = file_hashes(SimpleNamespace(base_policy=name, env_kwargs=manifest["env_kwargs"]))
-        manifest["parents"] |= {path: lineage(Path(path)) for path in files}
+        files = file_hashes(SimpleNamespace(base_policy=name, env_kwargs=metadata["env_kwargs"]))
+        metadata["parents"] |= {path: lineage(Path(path)) for path in files}
     arrays.clear()  # Dataset reads them again
-    dataset = Dataset(file, manifest)
+    dataset = Dataset(file, metadata)
     write_quality(dataset, run_checks(dataset))
     return dataset
 
 
 def write_quality(dataset: Dataset, problems: dict[str, str]) -> str:
-    """Write the manifest with the quality that follows from the checks. Returns the quality."""
+    """Write the metadata with the quality that follows from the checks. Returns the quality."""
     quality = "validated" if len(dataset) >= VALIDATED_EPISODES else "draft"
-    dataset.manifest["quality"] = "quarantined" if any(problems.values()) else quality
-    write_json(dataset.file.with_suffix(".json"), dataset.manifest)
-    return dataset.manifest["quality"]
+    dataset.metadata["quality"] = "quarantined" if any(problems.values()) else quality
+    write_json(dataset.file.with_suffix(".json"), dataset.metadata)
+    return dataset.metadata["quality"]
 
 
 # Validating
@@ -193,7 +195,7 @@ def write_quality(dataset: Dataset, problems: dict[str, str]) -> str:
 def run_checks(dataset: Dataset) -> dict[str, str]:
     """{check: what is wrong, or ""}. A wrong shape or a number that is not finite ends the checks."""
     envs, problems = dataset.make_envs(), {}
-    problems["sha256 of the file"] = "" if dataset.is_unchanged() else "differs from the manifest; one was changed"
+    problems["sha256 of the file"] = "" if dataset.is_unchanged() else "differs from the metadata; one was changed"
     problems["shapes fit the environment"] = shape_mismatch(dataset, envs)
     floats = {name: x for name, x in dataset.arrays.items() if x.dtype.kind == "f"}
     not_finite = [name for name, x in floats.items() if not np.isfinite(x).all()]

@@ -225,8 +225,6 @@ def selection_key(evaluation: dict, metric: str = "auto") -> tuple[float, ...]:
     auto = (evaluation["success_rate"] or 0.0, evaluation["metrics"].get("score", evaluation["mean_return"]))
     if metric == "auto":
         return auto
-    if metric not in figures(evaluation):
-        raise UserError(f"--best-metric {metric}: no such metric; choose auto, {', '.join(figures(evaluation))}")
     value = figures(evaluation)[metric]
     return (-value if metric in LOWER_IS_BETTER else value, *auto)
 

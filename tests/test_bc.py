@@ -163,7 +163,7 @@ def test_with_dagger_the_clone_acts_in_every_other_environment_and_the_expert_la
     for i, steps in enumerate(episodes_of(dataset)):  # 24 episodes in as many environments
         expected = clone(dataset["obs"][steps]) if i % 2 else dataset["action"][steps]
         assert np.array_equal(dataset["executed_action"][steps], expected)
-    (path, parent), *others = dataset.manifest["parents"].items()
+    (path, parent), *others = dataset.metadata["parents"].items()
     assert others == []
     assert (path, parent["sha256"], parent["steps"]) == ("runs/clone/best.pt", evaluation.sha256(path), 5)
     assert parent["config"]["script"] == "bc_pretrain"
@@ -179,22 +179,22 @@ def test_only_successes_are_kept_but_all_episodes_are_charged():
     assert kept["seed"].tolist() == every["seed"][succeeded].tolist()
     for ours, theirs in zip(episodes_of(kept), succeeded):
         assert np.array_equal(kept["obs"][ours], every["obs"][every.steps(theirs)])
-    assert (kept.manifest["episodes"], kept.manifest["success_rate"]) == (len(succeeded), 1.0)
-    assert kept.manifest["totals"] == {"episodes": 40, "env_steps": len(every["reward"])}
+    assert (kept.metadata["episodes"], kept.metadata["success_rate"]) == (len(succeeded), 1.0)
+    assert kept.metadata["totals"] == {"episodes": 40, "env_steps": len(every["reward"])}
 
 
-def test_the_manifest_says_where_the_dataset_is_from():
+def test_the_metadata_says_where_the_dataset_is_from():
     file = bc.collect(
         bc.CollectArgs(dataset="x", policy="pid", env_id="LateralControl-v0", episodes=2, action_noise=0.125)
     )
-    manifest = json.loads(file.with_suffix(".json").read_text())
+    metadata = json.loads(file.with_suffix(".json").read_text())
     assert file == Path("runs/datasets/x.npz")
-    assert (manifest["env_id"], manifest["env_kwargs"]) == ("LateralControl-v0", {"action_mode": "absolute"})
-    assert (manifest["collected_with"]["policy"], manifest["collected_with"]["action_noise"]) == ("pid", 0.125)
-    assert manifest["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert (manifest["episodes"], manifest["steps"], manifest["quality"]) == (2, 800, "draft")
-    assert manifest["metrics"]["total_cost"] > 0
-    assert collect("large", episodes=200).manifest["quality"] == "validated"
+    assert (metadata["env_id"], metadata["env_kwargs"]) == ("LateralControl-v0", {"action_mode": "absolute"})
+    assert (metadata["collected_with"]["policy"], metadata["collected_with"]["action_noise"]) == ("pid", 0.125)
+    assert metadata["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (metadata["episodes"], metadata["steps"], metadata["quality"]) == (2, 800, "draft")
+    assert metadata["metrics"]["total_cost"] > 0
+    assert collect("large", episodes=200).metadata["quality"] == "validated"
 
 
 # Checks
@@ -214,17 +214,17 @@ def shifted(*names):
 
 
 def rewrite(edit, keep_hash=False):
-    """Edit the arrays of the dataset. Unless keep_hash, the manifest has the hash of the new file."""
+    """Edit the arrays of the dataset. Unless keep_hash, the metadata has the hash of the new file."""
     file = Path("runs/datasets/home.npz")
     with np.load(file) as content:
         arrays = dict(content)
     edit(arrays)
     np.savez(file, **arrays)
     if not keep_hash:
-        edit_manifest(sha256=evaluation.sha256(file))
+        edit_metadata(sha256=evaluation.sha256(file))
 
 
-def edit_manifest(**changes):
+def edit_metadata(**changes):
     file = Path("runs/datasets/home.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
@@ -255,12 +255,12 @@ def test_the_checks_find_what_is_wrong(capsys, name):
     rewrite(edit)
     assert not bc.validate(bc.ValidateArgs(dataset="home"))
     assert re.search(f"^FAILED +{message}$", capsys.readouterr().out, re.MULTILINE)
-    assert read("home").manifest["quality"] == "quarantined"
+    assert read("home").metadata["quality"] == "quarantined"
 
 
 def test_the_exit_status_of_validate_says_whether_all_checks_pass(command):
     assert command("validate home") == (0, [])
-    assert read("home").manifest["quality"] == "draft"
+    assert read("home").metadata["quality"] == "draft"
     rewrite(lambda arrays: None, keep_hash=True)  # np.savez does not compress
     assert command("validate home") == (1, [])
 
@@ -292,11 +292,11 @@ DAMAGED = {
     "short action": (replaced("action", lambda x: x[1:]), r"damaged or not a dataset .*action has length"),
     "order": (replaced("episode_starts", lambda x: x[::-1]), r"damaged .*episode_starts does not increase from 0"),
     "other file": (lambda file: rewrite(lambda x: None, True), r"does not pass its checks, see validate; collect it"),
-    "quarantined": (lambda file: edit_manifest(quality="quarantined"), r"does not pass its checks, see validate"),
-    "first edition": (lambda file: edit_manifest(played={}), r"home\.npz: made by the first edition; collect it again"),
+    "quarantined": (lambda file: edit_metadata(quality="quarantined"), r"does not pass its checks, see validate"),
+    "first edition": (lambda file: edit_metadata(played={}), r"home\.npz: made by the first edition; collect it again"),
     "not json": (lambda file: Path("runs/datasets/home.json").write_text("{"), r"home\.json: cannot be read as a JSON"),
-    "module": (lambda file: edit_manifest(env_id="spy:X"), r"home\.json: would import the module spy; if you trust it"),
-    "other env": (lambda file: edit_manifest(env_id="Pendulum-v1"), r"its shapes do not fit Pendulum-v1: they are"),
+    "module": (lambda file: edit_metadata(env_id="spy:X"), r"home\.json: would import the module spy; if you trust it"),
+    "other env": (lambda file: edit_metadata(env_id="Pendulum-v1"), r"its shapes do not fit Pendulum-v1: they are"),
 }
 
 

@@ -116,7 +116,7 @@ def test_a_residual_run_is_an_expert():
     )
     assert np.abs(dataset["action"] - base).max() > 1e-6
     assert dataset.env_id == "SO101Paper-v0"
-    assert list(dataset.manifest["parents"]) == ["runs/arm/best.pt"]
+    assert list(dataset.metadata["parents"]) == ["runs/arm/best.pt"]
 
 
 @pytest.fixture
