@@ -4,10 +4,6 @@ import functools
 import importlib
 import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -751,25 +747,3 @@ def test_compiled_run_equals_an_eager_one(backend, tmp_path, fake_onnx):
     torch.testing.assert_close(*agents, rtol=1e-3, atol=1e-3)
     # four updates, with another learning rate and other statistics in each
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-@pytest.mark.slow
-def test_a_damaged_compiler_cache_ends_in_one_line_with_the_remedy(tmp_path):
-    cache = tmp_path / "cache"
-    flags = ["--compile", "--dry-run", "--num-steps", "32", "--minibatch-size", "32", "--run-root", str(tmp_path)]
-    line = [sys.executable, ppo.__file__, *flags]
-
-    def train():
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-        return subprocess.run(line, env=environment, capture_output=True, text=True)
-
-    assert train().returncode == 0
-    for file in cache.rglob("*.main.so"):
-        file.write_bytes(b"")  # what a process leaves that is killed while it links
-    damaged = train()
-    assert damaged.returncode == 2
-    assert damaged.stderr.splitlines()[-1].startswith("error: --compile failed (")
-    assert f"delete the cache {cache}, " in damaged.stderr
-    assert "Traceback" not in damaged.stderr
-    shutil.rmtree(cache)
-    assert train().returncode == 0
