@@ -1,4 +1,4 @@
-"""The ballbot's eyes: two depth cameras without OpenGL, and the network that encodes their images."""
+"""Depth cameras of the ballbot, which do not need OpenGL, and the network that encodes their images."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from envs.ballbot_terrain import POINTS, SIDE, SPACING
 from envs.evaluation import read_pt
 
-FAR = 1.0  # m: depths are cut off here
+FAR = 1.0  # m, largest depth
 BALL_RADIUS = 0.09  # m
-# In the frame of the base: where the cameras are, and their right, up and back. Both look down and inward at the place
-# where ball and ground meet, 90 degrees wide.
+# Positions of the cameras in the frame of the base, and their right, up and back axes. Both look down and inward at the
+# contact of ball and ground, with a field of view of 90 degrees.
 POSITIONS = np.array([[0.17, -0.01, -0.06], [-0.17, -0.01, -0.06]])
 TILT = np.array([0.5, 0.5 * 3**0.5])
 AXES = np.array(
@@ -21,21 +21,21 @@ AXES = np.array(
         [[TILT[1], 0, TILT[0]], [0, 1, 0], [-TILT[0], 0, TILT[1]]],
     ]
 )
-MARCH = 16  # steps along a ray before the secant
+MARCH = 16  # steps along a ray before the secant step
 
 
 class DepthCameras:
     """Casts rays at a ball and at height fields.
 
     Args:
-        size: pixels along each side of an image.
+        size: pixels per side of an image.
     """
 
     def __init__(self, size: int):
         self.size = size
         line = ((2 * np.arange(size) + 1) / size - 1).astype(np.float64)
         right, down = np.meshgrid(line, line)
-        pixels = np.stack([right.ravel(), -down.ravel(), np.full(size * size, -1.0)])  # one metre deep
+        pixels = np.stack([right.ravel(), -down.ravel(), np.full(size * size, -1.0)])  # at a depth of 1 m
         self.directions = np.concatenate([axes.T @ pixels for axes in AXES], axis=1)  # (3, 2 size^2) in the base frame
 
     def __call__(
@@ -47,14 +47,14 @@ class DepthCameras:
         fields: np.ndarray,
         steepest: np.ndarray,
     ) -> np.ndarray:
-        """Depth along the view axis, as of an ideal camera, cut off at 1 m.
+        """Depth along the view axis of ideal cameras, clipped to 1 m.
 
         Args:
             position, rotation: of the base, (N, 3) m and (N, 3, 3).
-            ball: its centre, (N, 3) m.
-            ground: height at the points of all fields, (M, 293, 293) float32, m.
-            fields: which of them each robot stands on, (N,).
-            steepest: a bound of the slope there, (N,).
+            ball: its center, (N, 3) m.
+            ground: heights of all fields, (M, 293, 293) float32, m.
+            fields: index of each robot's field, (N,).
+            steepest: upper bound of its slope, (N,).
 
         Returns:
             (N, 2, size, size) float32, m.
@@ -63,7 +63,7 @@ class DepthCameras:
         rays = rotation @ self.directions  # (N, 3, 2 size^2)
         eyes = position[:, :, None] + rotation @ POSITIONS.T  # (N, 3, 2)
 
-        # |eye + depth ray - ball|^2 = radius^2, of which the nearer solution
+        # The nearer solution of |eye + depth ray - ball|^2 = radius^2
         offset = eyes - ball[:, :, None]
         a = np.square(rays).sum(1).reshape(n, 2, pixels)
         b = np.einsum("nck,nckp->nkp", offset, rays.reshape(n, 3, 2, pixels))
@@ -79,10 +79,10 @@ class DepthCameras:
 def march(
     origin: np.ndarray, ray: np.ndarray, ground: np.ndarray, fields: np.ndarray, steepest: np.ndarray
 ) -> np.ndarray:
-    """How far along each ray the ground is, at most 1.
+    """Distance of the ground along each ray, at most 1.
 
-    A ray that is `gap` above the ground cannot meet it before it has come gap / (fall + steepest * way) further, where
-    fall and way are its vertical and horizontal speeds: steps of this length come near without ever passing through.
+    A ray that is `gap` above the ground cannot hit it within gap / (vertical speed + steepest * horizontal speed).
+    Steps of this length approach the ground without passing through it.
 
     Args:
         origin, ray: (N, 3, P), m.
@@ -90,19 +90,19 @@ def march(
         fields, steepest: (N,).
 
     Returns:
-        (N, P) multiples of the ray.
+        (N, P), in units of the ray's length.
     """
-    # in points of the field, from its first one
+    # In grid points from the corner of the field
     x, y = (((origin[:, i] + SIDE / 2) / SPACING).astype(np.float32) for i in (0, 1))
     dx, dy = ((ray[:, i] / SPACING).astype(np.float32) for i in (0, 1))
     z, dz = origin[:, 2].astype(np.float32), ray[:, 2].astype(np.float32)
     closing = np.hypot(dx, dy) * (steepest[:, None] * SPACING).astype(np.float32) - dz
     closing = np.maximum(closing, 1e-6)
-    first = (fields.astype(np.int32) * POINTS * POINTS)[:, None]  # of each robot's field
+    first = (fields.astype(np.int32) * POINTS * POINTS)[:, None]  # offset of each robot's field
     flat = ground.reshape(-1)
 
     def gap_at(depth: np.ndarray) -> np.ndarray:
-        """Height above the ground, interpolated between its four nearest points."""
+        """Height above the ground, with bilinear interpolation."""
         u = (x + depth * dx).clip(0, POINTS - 1.001)
         v = (y + depth * dy).clip(0, POINTS - 1.001)
         i, j = u.astype(np.int32), v.astype(np.int32)
@@ -122,23 +122,23 @@ def march(
     return np.minimum(secant, FAR)
 
 
-CODE = 20  # numbers that stand for an image
+CODE = 20  # size of an encoded image
 
 
 class DepthEncoder(nn.Module):
     """Images (B, 1, size, size) to codes (B, 20) in [-1, 1]: two convolutions and a linear layer.
 
     Args:
-        size: pixels along each side of an image, a multiple of 4.
+        size: pixels per side of an image.
 
     Raises:
-        ValueError: size is not such a multiple.
+        ValueError: size is not a multiple of 4.
     """
 
     def __init__(self, size: int):
         super().__init__()
         if size < 4 or size % 4:
-            raise ValueError(f"depth_size must be a multiple of 4, for two halvings, not {size}")
+            raise ValueError(f"depth_size must be a multiple of 4 for the encoder, not {size}")
         self.size = size
         self.layers = nn.Sequential(
             nn.Conv2d(1, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.LeakyReLU(),
@@ -151,34 +151,30 @@ class DepthEncoder(nn.Module):
 
 
 def save_encoder(path: Path, encoder: DepthEncoder, **about: float | int | str) -> None:
-    """Write an encoder with what is to be known of it, such as the error of its reconstructions."""
+    """Save an encoder with information such as its reconstruction error."""
     state = {"kind": "encoder", "depth_size": encoder.size, "encoder": encoder.state_dict(), **about}
     torch.save(state, path)
 
 
 def load_encoder(path: str) -> dict:
-    """What save_encoder wrote.
-
-    Raises:
-        ValueError: the file is missing, damaged or no encoder.
-    """
+    """Load what save_encoder saved. Raises ValueError if the file is missing, damaged or not an encoder."""
     content = read_pt(path)
     if content.get("kind") != "encoder":
-        raise ValueError(f"{path}: holds no encoder; tools/pretrain_encoder.py makes one")
+        raise ValueError(f"{path}: not an encoder; tools/pretrain_encoder.py trains one")
     return content
 
 
 class FrozenEncoder:
-    """An encoder from a file, in evaluation mode for good: neither weights nor batch statistics move.
+    """An encoder from a file with fixed weights and batch statistics.
 
-    It computes in float64 and rounds, or else the last bits of a code would depend on how many images share its batch.
+    It computes in float64 and rounds, because in float32 the last bits would depend on the batch size.
 
     Args:
-        path: what tools/pretrain_encoder.py wrote.
-        size: pixels along each side of the images that it will get.
+        path: file of tools/pretrain_encoder.py.
+        size: pixels per side of an image.
 
     Raises:
-        ValueError: the file is missing, damaged, no encoder, or one for another size.
+        ValueError: the file is missing, damaged, not an encoder, or for another size.
     """
 
     def __init__(self, path: str, size: int):
@@ -189,7 +185,7 @@ class FrozenEncoder:
         try:
             network.load_state_dict(content["encoder"])
         except RuntimeError as error:
-            raise ValueError(f"{path}: {error}; tools/pretrain_encoder.py makes another") from error
+            raise ValueError(f"{path}: {error}; train another with tools/pretrain_encoder.py") from error
         self.network = network.double().eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -4,14 +4,14 @@ from itertools import combinations, product
 
 import numpy as np
 
-POINTS = 293  # of the height field along each side
+POINTS = 293  # per side of the height field
 SIDE = 10.0  # m
 SPACING = SIDE / (POINTS - 1)
-FEATURE = 25  # points: length scale of the coarsest noise
+FEATURE = 25  # length scale of the coarsest octave, in points
 OCTAVES, PERSISTENCE, LACUNARITY = 4, 0.2, 2
-PARTS = 6  # in which a field is computed: what fits into the processor's cache takes two thirds of the time
+PARTS = 6  # parts in which a field is computed: with the CPU cache it takes two thirds of the time
 
-# Gustavson, "Simplex noise demystified" (2005): from the plain grid to the one of simplices, and back
+# Gustavson, "Simplex noise demystified" (2005): from the square grid to the simplex grid, and back
 SKEW, UNSKEW = np.float32((5**0.5 - 1) / 4), np.float32((5 - 5**0.5) / 20)
 GRADIENTS = np.array([g for g in product((-1, 0, 1), repeat=4) if np.abs(g).sum() == 3], np.float32).T  # (4, 32)
 
@@ -20,15 +20,15 @@ def simplex_noise(x: np.ndarray, permutation: np.ndarray) -> np.ndarray:
     """Four-dimensional simplex noise (Perlin 2001).
 
     Args:
-        x: (4, P) float32, points.
-        permutation: (768,) int32, a permutation of 0..255 three times over: what makes one noise differ from another.
+        x: points, (4, P) float32.
+        permutation: (768,) int32, a permutation of 0..255, repeated three times.
 
     Returns:
-        (P,) float32, within about [-1, 1], smooth, zero on average.
+        (P,) float32, about in [-1, 1], with mean zero.
     """
     cell = np.floor(x + SKEW * x.sum(0))
     x = x - cell + UNSKEW * cell.sum(0)  # from the cell's corner
-    rank = np.zeros(x.shape, np.int8)  # the order of the components says which of the cell's simplices it is
+    rank = np.zeros(x.shape, np.int8)  # the order of the components determines the simplex
     for a, b in combinations(range(4), 2):
         larger = x[a] > x[b]
         rank[a] += larger
@@ -47,10 +47,10 @@ def simplex_noise(x: np.ndarray, permutation: np.ndarray) -> np.ndarray:
 
 
 def heights(seed: int) -> np.ndarray:
-    """Uneven ground, (293, 293) float32 from 0 to 1; rows run along y, columns along x.
+    """Uneven ground, (293, 293) float32 from 0 to 1, with rows along y and columns along x.
 
-    Four octaves on a plane through four-dimensional noise. The published ground is such a plane as well, as its
-    noise function is periodic, which takes four dimensions; two-dimensional noise would be half as steep again.
+    It has four octaves of a plane in four-dimensional noise, like the published ground, whose noise function is
+    periodic. Two-dimensional noise would be 1.5 times as steep.
     """
     rng = np.random.default_rng(seed)
     permutation = np.tile(rng.permutation(256), 3).astype(np.int32)

@@ -1,4 +1,4 @@
-"""The base of our vector environments, its view as a single environment, and Gymnasium's own in the same shape."""
+"""Base class of the bundled vector environments, their single-environment view, and a wrapper for Gymnasium's own."""
 
 from copy import deepcopy
 from typing import Any, ClassVar
@@ -9,20 +9,18 @@ import torch
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space, create_empty_array
 
-from envs import UserError
-
-FASTEST_FILM = 60  # frames a second: of faster environments, films and windows leave frames out
+MAX_FPS = 60  # frames per second of videos and windows; faster environments skip frames
 SPLITS = ("train", "validation", "test")
 Array = np.ndarray | torch.Tensor
 
 
-def sequence(seed: int | list[int], split: str = "train") -> np.random.SeedSequence:
-    """The random stream of one environment; the splits draw from different streams of one seed."""
+def seed_sequence(seed: int | list[int], split: str = "train") -> np.random.SeedSequence:
+    """The random stream of one environment. The splits use disjoint streams of one seed."""
     return np.random.SeedSequence(seed, spawn_key=() if split == "train" else (SPLITS.index(split),))
 
 
-def seed_of_each(seed: int | list, num_envs: int) -> list:
-    """An int s gives environment i the seed [s, i], so nearby seeds share nothing; a list is taken as it is."""
+def env_seeds(seed: int | list, num_envs: int) -> list:
+    """One seed per environment: an int s gives environment i the seed [s, i]; a list holds the seeds themselves."""
     seeds = [[int(seed), i] for i in range(num_envs)] if np.isscalar(seed) else list(seed)
     if len(seeds) != num_envs:
         raise ValueError(f"{len(seeds)} seeds for {num_envs} environments")
@@ -30,31 +28,34 @@ def seed_of_each(seed: int | list, num_envs: int) -> list:
 
 
 class BatchEnv(gym.vector.VectorEnv):
-    """Steps all environments of a batch together; a finished episode starts anew in the same step (SAME_STEP).
+    """Steps N environments together. An episode that ends is reset in the same step (SAME_STEP autoreset).
 
-    A subclass holds the simulator, whatever it is made of, and gives four methods (`rows` are ascending row numbers):
+    A subclass contains the simulator and defines four methods; `indices` are the environments, in ascending order:
 
-        start(rows)       begin an episode in these rows, drawing from self.rngs[row] only
-        advance(action)   one step of every row: reward (N,), terminated (N,), metrics {name: (N,)}
-        observe(rows)     the observation of these rows: an array, or a dict of arrays
-        state()           {name: array} of all it carries from step to step, live: restoring writes into these arrays
+        start(indices)    begin an episode in these environments, drawing from self.rngs[i] only
+        advance(action)   one step of all environments: reward (N,), terminated (N,), metrics {name: (N,)}
+        observe(indices)  the observations of these environments: an array or a dict of arrays
+        state()           {name: array} of everything that changes during a step; load_state_dict writes into the arrays
 
-    Arrays are numpy's, or with `device` torch tensors on that device. Rows do not influence one another, so on the CPU
-    row i equals, bit for bit, an environment alone with the same seed and actions.
+    Arrays are NumPy arrays or, with `device`, torch tensors. Environments do not influence each other, so on the CPU
+    environment i equals, bit for bit, a single one with the same seed and actions.
 
     Args:
-        num_envs: rows of the batch, N.
-        observation_space, action_space: of one row.
+        num_envs: number of environments, N.
+        observation_space, action_space: of a single environment.
         max_episode_steps: the step after which an unfinished episode is truncated.
-        training: True adds what only training has (shaping, easier starts); False is the published task.
-        split: train, validation or test: where episodes come from; the three never overlap.
-        render_mode: None, rgb_array or human; what is drawn is row 0.
-        device: None for numpy arrays, or the torch device of the tensors.
+        training: True adds what helps learning (reward shaping, easier starts); False is the published task.
+        split: train, validation or test; no two have an episode in common.
+        render_mode: None, rgb_array or human; environment 0 is rendered.
+        device: None for NumPy arrays, or the torch device of the tensors.
+
+    Raises:
+        ValueError: unknown split or render_mode.
     """
 
     metadata: ClassVar = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": ["rgb_array", "human"]}
-    controllers: ClassVar[dict] = {}  # the task's scripted policies by name, each made without arguments
-    measures: ClassVar[tuple[str, ...]] = ()  # names of the metrics of an episode, besides return, length and success
+    controllers: ClassVar[dict] = {}  # {name: class} of scripted policies, made without arguments
+    measures: ClassVar[tuple[str, ...]] = ()  # names of the metrics of an episode besides return, length and success
 
     def __init__(
         self,
@@ -67,19 +68,17 @@ class BatchEnv(gym.vector.VectorEnv):
         render_mode: str | None = None,
         device: str | None = None,
     ):
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, not {num_envs}")
-        if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(
-                f"render_mode must be one of {', '.join(self.metadata['render_modes'])}, not {render_mode!r}"
-            )
+        for name, value, known in (
+            ("split", split, SPLITS),
+            ("render_mode", render_mode, (None, *self.metadata["render_modes"])),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, not {value!r}")
         self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
-        self.action_repeat = 1  # steps of the task that one call of step() makes ...
-        self.steps_made: int | Array = 1  # ... and that the last one made in each row, if not all
-        self.limit: int | Array = max_episode_steps  # a subclass may give each row's episode its own, (N,)
-        self.num_episodes: int | None = None  # with training=False: how many different ones the split has, if limited
+        self.action_repeat = 1  # steps of the task per call of step() ...
+        self.steps_made: int | Array = 1  # ... and how many the last call made, which may differ between environments
+        self.limit: int | Array = max_episode_steps  # a subclass may give each environment its own, (N,)
+        self.num_episodes: int | None = None  # with training=False: number of episodes of the split, None if unlimited
         self.training, self.split, self.render_mode = training, split, render_mode
         self.single_observation_space, self.single_action_space = observation_space, action_space
         self.observation_space = batch_space(observation_space, num_envs)
@@ -90,41 +89,28 @@ class BatchEnv(gym.vector.VectorEnv):
             self.episode_return = torch.as_tensor(self.episode_return, device=device)
             self.episode_length = torch.as_tensor(self.episode_length, device=device)
 
-    def start(self, rows: Array) -> None:
-        raise NotImplementedError
-
-    def advance(self, action: Array) -> tuple[Array, Array, dict[str, Array]]:
-        raise NotImplementedError
-
-    def observe(self, rows: Array) -> Array | dict[str, Array]:
-        raise NotImplementedError
-
-    def state(self) -> dict[str, Array]:
-        raise NotImplementedError
-
     def reset(self, *, seed: int | list | None = None, options: dict | None = None) -> tuple[Any, dict]:
-        """Begin an episode in every row, or in those where options["reset_mask"] (N,) is True.
+        """Begin an episode in all environments or, with options["reset_mask"] (N,), in those where it is True.
 
-        seed: an int s gives row i the generator of SeedSequence([s, i]); a list gives row i that of
-        SeedSequence(seed[i]); with None the generators run on.
+        seed: an int s seeds environment i with SeedSequence([s, i]), a list with SeedSequence(seed[i]); with None the
+        generators continue.
         """
-        rows = self.rows_to_reset(options)
+        indices = self.indices_to_reset(options)
         if seed is not None:
-            seeds = seed_of_each(seed, self.num_envs)
-            for i in rows:
-                self.rngs[i] = np.random.default_rng(sequence(seeds[i], self.split))
-        self._begin(rows)
+            seeds = env_seeds(seed, self.num_envs)
+            for i in indices:
+                self.rngs[i] = np.random.default_rng(seed_sequence(seeds[i], self.split))
+        self._begin(indices)
         return self.observe(np.arange(self.num_envs)), {}
 
-    def rows_to_reset(self, options: dict | None) -> np.ndarray:
-        """Indices of the rows that reset is asked to begin anew, all without options["reset_mask"] (num_envs,) bool."""
+    def indices_to_reset(self, options: dict | None) -> np.ndarray:
         return np.flatnonzero((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
 
     def step(self, actions: Array) -> tuple[Any, Array, Array, Array, dict]:
-        """One step of every row.
+        """Step all environments.
 
-        In a step that ends episodes, info holds final_obs, episode = {"r": return, "l": length} and the task's metrics,
-        each over all rows, and under the same name with an underscore the mask of the rows that ended.
+        When episodes end, info has final_obs, episode = {"r": return, "l": length} and the metrics of the task, each
+        over all environments, and under the same name with an underscore the mask (N,) of those that ended.
         """
         reward, terminated, metrics = self.advance(actions)
         self.episode_return += reward
@@ -136,52 +122,40 @@ class BatchEnv(gym.vector.VectorEnv):
             episode = {"r": deepcopy(self.episode_return), "l": deepcopy(self.episode_length)}
             info = {"final_obs": deepcopy(obs), "episode": episode, **metrics}
             info |= {f"_{name}": done for name in info}
-            rows = np.flatnonzero(done) if isinstance(done, np.ndarray) else done.nonzero().flatten()
-            self._begin(rows)
-            write(obs, rows, self.observe(rows))
+            indices = np.flatnonzero(done) if isinstance(done, np.ndarray) else done.nonzero().flatten()
+            self._begin(indices)
+            new_obs = self.observe(indices)
+            if isinstance(obs, dict):
+                for name, x in obs.items():
+                    x[indices] = new_obs[name]
+            else:
+                obs[indices] = new_obs
         if self.render_mode == "human":
             self.render()
         return obs, reward, terminated, truncated, info
 
-    def _begin(self, rows: Array) -> None:
-        self.episode_return[rows], self.episode_length[rows] = 0, 0
-        self.start(rows)
+    def _begin(self, indices: Array) -> None:
+        self.episode_return[indices], self.episode_length[indices] = 0, 0
+        self.start(indices)
 
-    def _everything(self) -> dict[str, Array]:
+    def _arrays(self) -> dict[str, Array]:
         return {**self.state(), "episode_return": self.episode_return, "episode_length": self.episode_length}
 
     def state_dict(self) -> dict:
         """A snapshot from which stepping continues bit for bit."""
-        return {"arrays": deepcopy(self._everything()), "rngs": [rng.bit_generator.state for rng in self.rngs]}
+        return {"arrays": deepcopy(self._arrays()), "rngs": [rng.bit_generator.state for rng in self.rngs]}
 
     def load_state_dict(self, state: dict) -> Any:
-        """Go back to a snapshot. Returns the observation of that moment.
-
-        Raises:
-            UserError: the snapshot is from another number of environments or another version.
-        """
-        for name, array in self._everything().items():
-            saved = state["arrays"].get(name)
-            if saved is None or tuple(saved.shape) != tuple(array.shape):
-                there = "absent" if saved is None else tuple(saved.shape)
-                raise UserError(f"--resume: the shape of {name} in the checkpoint is {there}, not {tuple(array.shape)}")
-            array[:] = saved
+        """Restore a snapshot. Returns the observations."""
+        for name, x in self._arrays().items():
+            x[:] = state["arrays"][name]
         for rng, rng_state in zip(self.rngs, state["rngs"], strict=True):
             rng.bit_generator.state = rng_state
         return self.observe(np.arange(self.num_envs))
 
 
-def write(obs: Any, rows: Array, new: Any) -> None:
-    """obs[rows] = new, for an array or a dict of arrays."""
-    if isinstance(obs, dict):
-        for name, array in obs.items():
-            array[rows] = new[name]
-    else:
-        obs[rows] = new
-
-
 class SingleEnv(gym.Env):
-    """A BatchEnv of one row as an ordinary Gymnasium environment; a subclass names the class in `batch_env`."""
+    """A BatchEnv with num_envs=1 as a Gymnasium environment. A subclass sets its class in `batch_env`."""
 
     batch_env: type[BatchEnv]
     metadata: ClassVar = BatchEnv.metadata
@@ -190,23 +164,23 @@ class SingleEnv(gym.Env):
         self.batch = self.batch_env(num_envs=1, **kwargs)
         self.observation_space, self.action_space = self.batch.single_observation_space, self.batch.single_action_space
         self.render_mode, self.metadata = self.batch.render_mode, self.batch.metadata
-        self.next_obs = None  # the first observation of the episode that the batch began when the last one ended
+        self.next_obs = None  # the first observation of the next episode, which the batch has begun already
 
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[Any, dict]:
-        """seed: an int s gives the generator of SeedSequence([s, 0]), as in row 0 of a batch; a list that of
-        SeedSequence(seed); with None the generator runs on."""
+        """An int s seeds like environment 0 of a batch, a list with SeedSequence(seed); with None the generator
+        continues."""
         super().reset(seed=seed if isinstance(seed, int) else None)
         obs, self.next_obs = self.next_obs, None
         if obs is None or seed is not None:
-            obs = row(self.batch.reset(seed=[seed] if isinstance(seed, list) else seed)[0], 0)
+            obs = first(self.batch.reset(seed=[seed] if isinstance(seed, list) else seed)[0])
         return obs, {}
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
         self.next_obs = None
         obs, reward, terminated, truncated, info = self.batch.step(np.asarray(action)[None])
-        obs = row(obs, 0)
+        obs = first(obs)
         if terminated[0] or truncated[0]:
-            self.next_obs, obs = obs, row(info["final_obs"], 0)
+            self.next_obs, obs = obs, first(info["final_obs"])
             names = [name for name in info if f"_{name}" in info and name not in ("final_obs", "episode")]
             info = {name: info[name][0].item() for name in names}
         return obs, float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
@@ -218,16 +192,16 @@ class SingleEnv(gym.Env):
         self.batch.close()
 
 
-def row(obs: Any, i: int) -> Any:
-    """Row i of a batched observation, as numpy."""
-    return {name: np.asarray(array[i]) for name, array in obs.items()} if isinstance(obs, dict) else np.asarray(obs[i])
+def first(obs: Any) -> Any:
+    """The observation of environment 0 as NumPy arrays."""
+    return {name: np.asarray(x[0]) for name, x in obs.items()} if isinstance(obs, dict) else np.asarray(obs[0])
 
 
 class GymVec(gym.vector.VectorEnv):
-    """Gymnasium's own environments, one after the other, with the seeds, the info and the autoreset of a BatchEnv.
+    """Gymnasium environments with the seeds, info and autoreset of a BatchEnv, stepped one after the other.
 
-    Observations are cast to float32 and actions to the dtype of the action space. SyncVectorEnv, which also gathers
-    the info of every step, takes a fifth longer on HalfCheetah.
+    Observations are cast to float32 and actions to the dtype of the action space. On HalfCheetah SyncVectorEnv, which
+    also collects the info of every step, takes a fifth longer.
     """
 
     controllers: ClassVar[dict] = {}
@@ -242,9 +216,8 @@ class GymVec(gym.vector.VectorEnv):
         self.metadata = {**first.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
         if isinstance(first.observation_space, gym.spaces.Box):
-            low, high = (
-                bound.astype(np.float32) for bound in (first.observation_space.low, first.observation_space.high)
-            )
+            low, high = first.observation_space.low, first.observation_space.high
+            low, high = low.astype(np.float32), high.astype(np.float32)
             self.single_observation_space = gym.spaces.Box(low, high, dtype=np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -255,13 +228,13 @@ class GymVec(gym.vector.VectorEnv):
     def reset(self, *, seed: int | list | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """As in a BatchEnv; other options than reset_mask go to the environments."""
         options = dict(options or {})
-        rows = np.flatnonzero(options.pop("reset_mask", np.ones(self.num_envs, bool)))
+        indices = np.flatnonzero(options.pop("reset_mask", np.ones(self.num_envs, bool)))
         seeds = [None] * self.num_envs
-        if seed is not None:  # one integer for each, as Gymnasium's environments take no other seed
+        if seed is not None:  # Gymnasium's environments take an int
             self.seed = seed if np.isscalar(seed) else 0
-            sequences = [sequence(s, self.split) for s in seed_of_each(seed, self.num_envs)]
+            sequences = [seed_sequence(s, self.split) for s in env_seeds(seed, self.num_envs)]
             seeds = [int(s.generate_state(1)[0]) for s in sequences]
-        for i in rows:
+        for i in indices:
             self._begin(i, seed=seeds[i], options=options or None)
         return self.obs.copy(), {}
 
@@ -288,16 +261,16 @@ class GymVec(gym.vector.VectorEnv):
                 self._begin(i)
         return self.obs.copy(), reward, terminated, truncated, info
 
-    def _begin(self, i: int, **how: Any) -> None:
+    def _begin(self, i: int, **kwargs: Any) -> None:
         self.episode_return[i], self.episode_length[i] = 0, 0
-        self.obs[i], _ = self.envs[i].reset(**how)
+        self.obs[i], _ = self.envs[i].reset(**kwargs)
 
     def state_dict(self) -> dict:
-        """Gymnasium's environments have no snapshot; this says where fresh episodes are to begin instead."""
+        """Gymnasium's environments cannot be saved; load_state_dict begins fresh episodes instead."""
         return {"fresh_episodes": True, "seed": self.seed, "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> np.ndarray:
-        """Begin fresh episodes from a part of the seed's stream that was not used yet. Returns their observations."""
+        """Begin episodes with seeds that were not used before. Returns the observations."""
         obs, _ = self.reset(seed=[[state["seed"], i, state["steps"]] for i in range(self.num_envs)])
         self.seed, self.steps = state["seed"], state["steps"]
         return obs

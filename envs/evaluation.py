@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from envs import UserError, check_flat_box, constructor_parameters, make_vec
-from envs.batch_env import FASTEST_FILM
+from envs.batch_env import MAX_FPS
 
 # A policy maps batched observations (N, ...) to actions (N, A). A policy with state also has reset(indices, envs),
 # called when episodes begin in these environments. A controller may name the env_kwargs that it requires.
@@ -275,7 +275,7 @@ class VideoRecorder:
 
     def __init__(self, policy: Policy, envs: Any):
         self.policy, self.envs = policy, envs
-        self.every = math.ceil(envs.metadata.get("render_fps", 30) / FASTEST_FILM)
+        self.every = math.ceil(envs.metadata.get("render_fps", 30) / MAX_FPS)
         self.fps = envs.metadata.get("render_fps", 30) / self.every
         self.frames: list[np.ndarray] = []
         self.calls, self.episodes = 0, 0

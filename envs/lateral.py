@@ -1,19 +1,19 @@
-"""LateralControl-v0: steer a simulated car so that its lateral acceleration follows a target, smoothly.
+"""LateralControl-v0: steer simulated cars so that their lateral acceleration follows a target smoothly.
 
 This is the comma controls challenge (github.com/commaai/controls_challenge) for many cars at once. The simulator is a
-learned model in an ONNX file: from the last 20 steps of steering, speed, acceleration, road bank and lateral
-acceleration it gives a distribution over the next lateral acceleration, from which one value is drawn. With the
-challenge's own model and segments its arithmetic equals the official simulator's bit for bit; without any file it runs
-on small dynamics of our own (tools/make_lateral_dynamics.py) and on synthetic segments.
+learned model in an ONNX file: from the last 20 steps of steering, speed, acceleration, road roll and lateral
+acceleration it computes a distribution over the next lateral acceleration, from which one value is drawn. With the
+model and segments of the challenge the results equal those of the official simulator bit for bit. Without these files
+the environment uses its own small model (tools/make_lateral_dynamics.py) and synthetic segments.
 
-An episode is one segment, steps 100 to 499 of 0.1 s each. Its cost is the challenge's:
+An episode is one segment, steps 100 to 499 of 0.1 s each, with the cost of the challenge:
 
     lataccel_cost = 100 mean((target - lat)^2)      jerk_cost = 100 mean((diff(lat) / 0.1)^2)
     total_cost = 50 lataccel_cost + jerk_cost
 
-A controller may know only what the challenge tells one: at each step the target, the last lateral acceleration, the
-state and a preview of 49 steps. The steering before step 100 is not told, so it is estimated (`estimate_steer`), here
-and in the deployed controller (`ChallengeController`) by the same code.
+As in the challenge, a controller knows the target, the last lateral acceleration, the state and a preview of 49 steps.
+It does not know the steering before step 100, which estimate_steer estimates here and in the deployed controller
+(ChallengeController).
 """
 
 import functools
@@ -27,7 +27,7 @@ import gymnasium as gym
 import numpy as np
 
 from envs import UserError
-from envs.batch_env import BatchEnv, SingleEnv, seed_of_each
+from envs.batch_env import BatchEnv, SingleEnv, env_seeds
 from envs.lateral_model import BINS, Dynamics, distribution, draw, tokens_of
 from envs.lateral_segments import (
     CONTEXT,
@@ -41,37 +41,37 @@ from envs.lateral_segments import (
     split_of,
     synthetic,
 )
-from envs.raster import Window, charts
+from envs.render import FigureRenderer
 
 EMBEDDED = Path(__file__).parent / "assets" / "lateral_dynamics.onnx"
-STEPS = LAST - FIRST  # of an episode
+STEPS = LAST - FIRST  # steps of an episode
 MAX_JUMP = 0.5  # largest change of the lateral acceleration in a step, m/s^2
 MAX_STEER = 2.0
-MAX_DELTA = 0.2  # steering change that an action of 1 stands for
-STANDING = 1.0  # m/s; below it a change of the steering is not carried out
-WORST_COST = 200.0  # policies are compared with each segment's cost cut off here: a few extreme roads say little
-WARM_UP = 20  # the official simulator begins to ask the controller at this step; its answers count from FIRST on
+MAX_DELTA = 0.2  # change of the steering per unit of action
+STANDING = 1.0  # m/s; below it the steering does not change
+WORST_COST = 200.0  # policies are compared by costs clipped to this, so that a few extreme roads do not dominate
+WARM_UP = 20  # the official simulator calls the controller from this step on, and uses its output from FIRST on
 
-PAST, AHEAD = 7, 40  # rows before and after the present one that a controller looks at
+PAST, AHEAD = 7, 40  # steps before and after the current one that a controller uses
 CLIP = 10.0  # of the observations
-MEMORY = 6  # steps of its own steering and of the car's response that it remembers
+MEMORY = 6  # past steps of steering and lateral acceleration that it uses
 
 
 # The simulator
 
 
 def noise_seed(name: str) -> int:
-    """The official simulator's seed for a segment that it finds as data/<name>."""
+    """Seed of the official simulator for the segment data/<name>."""
     return int(hashlib.md5(f"data/{name}".encode()).hexdigest(), 16) % 10**4
 
 
 def official_noise(name: str, first: int = FIRST) -> np.ndarray:
-    """Its uniform draws for steps first..LAST-1; it makes one in each step from WARM_UP on."""
+    """Uniform draws of the official simulator for steps first..LAST-1; it draws one per step from WARM_UP on."""
     return np.random.RandomState(noise_seed(name)).random_sample(LAST - WARM_UP)[first - WARM_UP :]
 
 
 class Road:
-    """Segments side by side: target, roll, v and a (S, MIN_ROWS), steer (S, FIRST), all float64; names."""
+    """Segments in arrays: target, roll, v and a (S, MIN_ROWS), steer (S, FIRST), float64."""
 
     def __init__(self, segments: list[Segment]):
         self.names = [segment.name for segment in segments]
@@ -81,18 +81,18 @@ class Road:
         self.v = stack([segment.v[:MIN_ROWS] for segment in segments])
         self.a = stack([segment.a[:MIN_ROWS] for segment in segments])
         self.steer = stack([segment.steer[:FIRST] for segment in segments])
-        self.states = np.stack([self.roll, self.v, self.a], axis=-1).astype(np.float32)  # as the dynamics reads them
+        self.states = np.stack([self.roll, self.v, self.a], axis=-1).astype(np.float32)  # input of the dynamics
         self.checksum = zlib.crc32(self.target.tobytes())
 
     def window(self, segment: np.ndarray, t: np.ndarray, before: int, after: int) -> tuple[np.ndarray, ...]:
-        """target, roll, v, a (n, before + 1 + after) of rows t - before .. t + after; segment, t: (n,)."""
+        """target, roll, v, a (n, before + 1 + after) of steps t - before .. t + after; segment, t: (n,)."""
         where = segment[:, None], t[:, None] + np.arange(-before, after + 1)
         return self.target[where], self.roll[where], self.v[where], self.a[where]
 
 
 @functools.lru_cache(maxsize=8)
 def load_road(split: str, data_path: str | None, test_path: str | None) -> Road:
-    """The segments of a split; kept, since each evaluation of a run asks anew."""
+    """The segments of a split. They are cached, because every evaluation needs them."""
     if split == "test" and test_path is not None:
         segments = load_folder(test_path)
         seen = {file.name for file in Path(data_path).glob("*.csv")} if data_path is not None else set()
@@ -110,9 +110,9 @@ class Simulator:
     """N cars, each on a segment at its own step t.
 
     Attributes:
-        segment, t: (N,) where each car is.
-        lat: (N, 20) its lateral accelerations of steps t-20..t-1, m/s^2.
-        steer: (N, 20) its steering of those steps, in [-2, 2]; more of it gives more lateral acceleration.
+        segment, t: (N,) segment and step of each car.
+        lat: (N, 20) lateral accelerations of steps t-20..t-1, m/s^2.
+        steer: (N, 20) steering of these steps, in [-2, 2], with the sign of the lateral acceleration.
     """
 
     def __init__(self, num_cars: int, road: Road, dynamics: Dynamics):
@@ -120,21 +120,21 @@ class Simulator:
         self.segment, self.t = np.zeros(num_cars, np.int64), np.full(num_cars, FIRST)
         self.lat, self.steer = np.zeros((num_cars, CONTEXT)), np.zeros((num_cars, CONTEXT))
 
-    def start(self, rows: np.ndarray, segment: np.ndarray, first: int = FIRST) -> None:
-        """Put cars at step `first` of their segments; up to there they steered as logged and followed the target."""
-        self.segment[rows], self.t[rows] = segment, first
-        self.lat[rows] = self.road.target[segment, first - CONTEXT : first]
-        self.steer[rows] = self.road.steer[segment, first - CONTEXT : first]
+    def start(self, indices: np.ndarray, segment: np.ndarray, first: int = FIRST) -> None:
+        """Place cars at step `first` of their segments, with the logged steering and on the target before it."""
+        self.segment[indices], self.t[indices] = segment, first
+        self.lat[indices] = self.road.target[segment, first - CONTEXT : first]
+        self.steer[indices] = self.road.steer[segment, first - CONTEXT : first]
 
     def step(self, steer: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        """Steer (N,) at t, which then becomes t + 1. Returns the lateral acceleration (N,) of step t."""
+        """Simulate step t with this steering (N,). Returns its lateral acceleration (N,)."""
         push(self.steer, np.clip(steer, -MAX_STEER, MAX_STEER))
         where = self.segment[:, None], self.t[:, None] + np.arange(1 - CONTEXT, 1)
         states = np.concatenate([self.steer[:, :, None].astype(np.float32), self.road.states[where]], axis=2)
         self.probability = distribution(self.dynamics.logits(states, tokens_of(self.lat)))
         if wrong := np.flatnonzero(~np.isfinite(self.probability).all(1)).tolist():
             name = self.road.names[self.segment[wrong[0]]]
-            raise FloatingPointError(f"the car's model gives no number at step {self.t[wrong[0]]} of {name}")
+            raise FloatingPointError(f"the car's model returns NaN or infinity at step {self.t[wrong[0]]} of {name}")
         bins, last = draw(self.probability, uniform), self.lat[:, -1]
         lat = np.clip(BINS[bins], last - MAX_JUMP, last + MAX_JUMP)
         push(self.lat, lat)
@@ -142,7 +142,7 @@ class Simulator:
         return lat
 
     def expected_cost(self, target: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """E[(target - lat)^2] and E[(lat - last)^2] (N,) of the step just made, over all that it could have drawn."""
+        """E[(target - lat)^2] and E[(lat - last)^2] (N,) over the distribution of the last step."""
         change = np.clip(BINS.astype(np.float32) - last[:, None].astype(np.float32), -MAX_JUMP, MAX_JUMP)
         mean = (self.probability * change).sum(1)
         square = (self.probability * change**2).sum(1)
@@ -151,31 +151,31 @@ class Simulator:
 
 
 def push(history: np.ndarray, new: np.ndarray) -> None:
-    """Forget the oldest column of (N, K) and add a newest."""
+    """Remove the oldest column of (N, K) and append a new one (N,)."""
     history[:, :-1] = history[:, 1:]
     history[:, -1] = new
 
 
-# What a controller knows, and what it makes of it
+# The input of a controller
 
 
 class Knowledge(NamedTuple):
-    """What a controller knows at step t; one row for each car."""
+    """The input of a controller at step t."""
 
-    target: np.ndarray  # (N, 48) m/s^2, rows t-7 .. t+40, as the next three
+    target: np.ndarray  # (N, 48) m/s^2, steps t-7 .. t+40, like the next three
     roll: np.ndarray  # m/s^2
     v: np.ndarray  # m/s
     a: np.ndarray  # m/s^2
     lat: np.ndarray  # (N, 6) lateral accelerations of steps t-6 .. t-1, m/s^2
-    steer: np.ndarray  # (N, 6) its own steering of those steps; before step 100 what it estimates
+    steer: np.ndarray  # (N, 6) steering of these steps; estimated before step 100
     integral: np.ndarray  # (N,) leaky sum of the errors since step 100
 
 
 def estimate_steer(target: np.ndarray, roll: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """What somebody steered in rows t..t+K-1 who followed the target; arrays (n, K + 4) of rows t-1..t+K+2 -> (n, K).
+    """Estimate the steering (n, K) of steps t..t+K-1 of cars on the target; arrays (n, K + 4) of steps t-1..t+K+2.
 
-    A least-squares fit to the logged steering of 612 segments. What it misses (standard deviation .09) is nearly all an
-    offset that differs from segment to segment and that nothing told to a controller reveals."""
+    It is a least-squares fit to the logged steering of 612 segments. The residual (standard deviation 0.09) is mostly
+    an offset per segment, which a controller cannot know."""
     n = target.shape[1] - 4
     needed = np.stack([(target - roll)[:, k : k + n] for k in range(5)]).mean(0)
     steer = (0.64 - 0.067 * (v[:, 1 : 1 + n] - 25) / 10) * needed - 0.076 * needed * np.abs(needed)
@@ -183,15 +183,15 @@ def estimate_steer(target: np.ndarray, roll: np.ndarray, v: np.ndarray) -> np.nd
 
 
 def steer_per_lataccel(needed: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """How much more steering one m/s^2 more takes where the steering makes `needed` of them: the slope of the fit in
-    `estimate_steer`. It falls with speed and in sharp bends, so the same steering does more there."""
+    """Change of the steering per change of the lateral acceleration (m/s^2) at `needed` m/s^2: the slope of the fit in
+    estimate_steer. It decreases with speed and in sharp bends."""
     return np.maximum(0.64 - 0.067 * (v - 25) / 10 - 2 * 0.076 * np.abs(needed), 0.2)
 
 
 def observation(known: Knowledge) -> np.ndarray:
-    """The policy's 46 inputs (N, 46) float32, each of order 1, clipped to +-10: tracking errors, the car's and the
-    controller's own last moves, the present state, and how target, bank and speed will change."""
-    target, roll, v, a = (x[:, PAST:] for x in known[:4])  # from the present row on
+    """The observation (N, 46) float32, scaled to order 1 and clipped to +-10: tracking errors, last changes of lateral
+    acceleration and steering, current state, and future changes of target, roll and speed."""
+    target, roll, v, a = (x[:, PAST:] for x in known[:4])  # from step t on
     last = known.steer[:, -1]
     error = known.target[:, PAST - 2 : PAST + 1] - known.lat[:, -3:]
     slope, bank_slope = np.diff(target[:, :21], axis=1), np.diff(roll[:, :8], axis=1)
@@ -225,16 +225,16 @@ OBSERVATIONS = 46
 
 
 def leaky(integral: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """The next leaky sum of errors."""
+    """Add an error to the leaky sum."""
     return np.clip(0.95 * integral + 0.1 * error, -3, 3)
 
 
-# Controllers: policies that look at what is known instead of at the observation
+# Controllers: policies that use a Knowledge instead of the observation
 
 
 class PID:
-    """The challenge's own controller. It is also asked in steps 20 to 99, where the car follows the target whatever it
-    says, so its integral does not start from zero."""
+    """The controller of the challenge. It is also called in steps 20 to 99, in which the car follows the target, so its
+    integral does not start from zero."""
 
     env_kwargs: ClassVar = {"action_mode": "absolute"}
     p, i, d = 0.195, 0.100, -0.053
@@ -242,15 +242,15 @@ class PID:
     def __init__(self):
         self.integral = self.previous = np.zeros(0)
 
-    def reset(self, rows: np.ndarray, source: Any) -> None:
+    def reset(self, indices: np.ndarray, source: Any) -> None:
         self.source = source
         if len(self.integral) != source.num_envs:
             self.integral, self.previous = np.zeros(source.num_envs), np.zeros(source.num_envs)
-        self.integral[rows] = 0
-        errors = np.diff(source.target_before(rows), axis=1)  # the target, less the one before, where the car is
+        self.integral[indices] = 0
+        errors = np.diff(source.target_before(indices), axis=1)  # the car is at the last target
         for error in errors.T:
-            self.integral[rows] += error
-        self.previous[rows] = errors[:, -1]
+            self.integral[indices] += error
+        self.previous[indices] = errors[:, -1]
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         known = self.source.knowledge()
@@ -261,11 +261,11 @@ class PID:
 
 
 class Incremental:
-    """A controller that changes the steering from where it is; a subclass says by how much."""
+    """A controller whose action is a change of the steering, which a subclass computes."""
 
     env_kwargs: ClassVar = {"action_mode": "delta"}
 
-    def reset(self, rows: np.ndarray, source: Any) -> None:
+    def reset(self, indices: np.ndarray, source: Any) -> None:
         self.source = source
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
@@ -277,7 +277,7 @@ class Incremental:
 
 
 class VelocityPID(Incremental):
-    """The official gains in velocity form, du = p (e - e1) + i e + d (e - 2 e1 + e2): no integral to wind up."""
+    """The official gains in velocity form, du = p (e - e1) + i e + d (e - 2 e1 + e2), which cannot wind up."""
 
     def change(self, known: Knowledge) -> np.ndarray:
         e2, e1, e = (known.target[:, PAST - 2 : PAST + 1] - known.lat[:, -3:]).T
@@ -285,14 +285,14 @@ class VelocityPID(Incremental):
 
 
 class FeedForward(Incremental):
-    """Moves the steering with the target and the bank three steps ahead, the time that the car takes to answer, and
-    corrects what error is left by a velocity PI; both as strongly as the car needs at this speed and in this bend."""
+    """Feedforward of target and roll three steps ahead, which is the delay of the car, and a velocity PI for the
+    remaining error. Both are scaled with steer_per_lataccel."""
 
     def change(self, known: Knowledge) -> np.ndarray:
         weights = 0.5 ** np.abs(np.arange(-6, 7))
         weights /= weights.sum()
 
-        def smooth(k: int) -> np.ndarray:  # the target k steps ahead
+        def smooth(k: int) -> np.ndarray:  # target k steps ahead
             return known.target[:, PAST + k - 6 : PAST + k + 7] @ weights
 
         (bank, bank_ahead), v = known.roll[:, [PAST + 2, PAST + 3]].T, known.v[:, PAST]
@@ -303,7 +303,7 @@ class FeedForward(Incremental):
 
 
 class ChallengeController:
-    """A controller in the challenge's own interface: update(target_lataccel, current_lataccel, state, future_plan).
+    """A controller with the interface of the challenge: update(target_lataccel, current_lataccel, state, future_plan).
 
     Args:
         policy: pid, velocity-pid, feedforward, or an exported policy.onnx.
@@ -320,13 +320,13 @@ class ChallengeController:
         else:
             self.policy = OnnxPolicy(policy, np.zeros((2, OBSERVATIONS), np.float32), 1)
             self.absolute = "absolute" in self.policy.metadata.get("action_mode", "")
-        self.rows: list[tuple] = []  # target, roll, v, a of the steps it was asked in
+        self.rows: list[tuple] = []  # target, roll, v, a of all calls
         self.lat: list[float] = []
         self.steer, self.integral = np.zeros(MEMORY), np.zeros(1)
 
     def update(self, target_lataccel: float, current_lataccel: float, state: Any, future_plan: Any) -> float:
-        """The steering of this step; state has roll_lataccel, v_ego, a_ego and future_plan lists of those and of
-        lataccel. What it returns before step 100 does not count."""
+        """The steering of this step. state has roll_lataccel, v_ego and a_ego; future_plan has lists of these and of
+        lataccel. The simulator ignores the result before step 100."""
         self.rows.append((target_lataccel, state.roll_lataccel, state.v_ego, state.a_ego))
         self.lat.append(current_lataccel)
         self.plan = [future_plan.lataccel, future_plan.roll_lataccel, future_plan.v_ego, future_plan.a_ego]
@@ -344,7 +344,7 @@ class ChallengeController:
         return float(steer[0])
 
     def _window(self, before: int) -> list[np.ndarray]:
-        """target, roll, v, a (1, before + 1 + AHEAD) around this step; beyond the plan's end its last value."""
+        """target, roll, v, a (1, before + 1 + AHEAD) around this step; the last value of the plan is repeated."""
         window = []
         for past, plan in zip(zip(*self.rows[-before - 1 :]), self.plan):
             values = [*past, *plan[:AHEAD]]
@@ -354,8 +354,8 @@ class ChallengeController:
     def knowledge(self) -> Knowledge:
         return Knowledge(*self._window(PAST), np.array([self.lat[-MEMORY:]]), self.steer[None], self.integral)
 
-    def target_before(self, rows: np.ndarray) -> np.ndarray:
-        """(1, 81) targets of steps 19..99, where the car is as long as no controller counts."""
+    def target_before(self, indices: np.ndarray) -> np.ndarray:
+        """Targets of steps 19..99 (1, 81), which the car follows."""
         return np.array([self.lat])
 
 
@@ -363,10 +363,8 @@ CONTROLLERS: dict[str, type] = {"pid": PID, "velocity-pid": VelocityPID, "feedfo
 
 
 def steer_of(action: np.ndarray, last: np.ndarray, v: np.ndarray, absolute: bool) -> np.ndarray:
-    """The steering that an action means, after the steering `last`, at v m/s; all (N,).
-
-    Nobody turns the wheel of a standing car. Here it would have no effect until the car moves off: a policy that is
-    never quite zero would drift for as long as it stands, and nothing would tell it so."""
+    """Steering (N,) after the steering `last` at speed v (m/s). In delta mode the steering of a standing car does not
+    change: it would have no effect until the car moves, and small actions would add up without feedback."""
     action = np.asarray(action, np.float64)
     steer = action if absolute else last + MAX_DELTA * np.clip(action, -1, 1) * (v >= STANDING)
     return np.clip(steer, -MAX_STEER, MAX_STEER)
@@ -378,33 +376,34 @@ def steer_of(action: np.ndarray, last: np.ndarray, v: np.ndarray, absolute: bool
 class LateralControl(BatchEnv):
     """N cars on segments of the comma controls challenge, steps 100 to 499.
 
-    Action: in "delta" mode one number in [-1, 1], the change of the steering in units of 0.2, of which nothing comes
-    while the car stands (below 1 m/s); in "absolute" mode the steering itself, in [-2, 2]. Positive steering and
-    positive lateral acceleration are to the same side. Observation: see `observation`.
+    Action: in delta mode the change of the steering in units of 0.2, in [-1, 1], which has no effect below 1 m/s; in
+    absolute mode the steering, in [-2, 2], with the sign of the lateral acceleration. Observation: see `observation`.
 
-    With training=False row i plays the segments i, i + N, ... of the split in order (an episode's seed [s, k] means
-    segment k), with the official simulator's noise, and the reward sums to minus the official total_cost. With
+    With training=False environment i goes through the segments i, i + N, ... of the split (an episode with seed [s, k]
+    is segment k) with the noise of the official simulator, and rewards add up to minus the official total_cost. With
     training=True segments and noise are random, and the reward is
 
         -w E[5000 (target - lat)^2 + 10000 (change of lat)^2] / 100,    w = 100 / (100 + jerk_cost of the target itself)
 
-    where w keeps extreme roads from dominating, and the expectation is over what the simulator could have drawn in this
-    step: the same on average as the cost of what it drew, but without that draw's noise. The first episode after a
-    seeded reset ends at a random step, so that cars are not all in the same phase. An episode's end is always a time
-    limit. Its info has lataccel_cost, jerk_cost, total_cost, and score, minus total_cost but at least -200, by which
-    policies are chosen.
+    where w limits the influence of extreme roads, and the expectation is over the distribution of the step, which has
+    less variance than the drawn value. The first episode after a seeded reset ends at a random step, so that cars are
+    in different phases. Episodes are always truncated. Metrics: lataccel_cost, jerk_cost, total_cost, and score, which
+    is -total_cost clipped to -200 and selects policies.
 
     Args:
-        num_envs: cars, N.
+        num_envs: number of cars, N.
         training, split, render_mode: see BatchEnv.
         action_mode: delta or absolute.
-        copies: while training, this many neighbouring rows drive the same segment in the same phase with the same
-            noise, so that what differs between them is of their own making (common random numbers).
-        model_path: the challenge's tinyphysics.onnx; None for the embedded dynamics.
-        data_path: a folder of the challenge's CSV files: by name the first 7/8 train, the rest validate; None for
+        copies: in training, so many neighboring environments have the same segment, phase and noise (common random
+            numbers).
+        model_path: tinyphysics.onnx of the challenge; None for the bundled model.
+        data_path: folder of CSV files of the challenge: the first 7/8 by name are train, the rest validation; None for
             synthetic segments.
-        test_path: a folder of CSV files for the test split.
+        test_path: folder of CSV files for the test split.
         threads: CPU threads of the dynamics.
+
+    Raises:
+        ValueError: an invalid argument or file.
     """
 
     metadata: ClassVar = {**BatchEnv.metadata, "render_fps": 10}
@@ -426,8 +425,6 @@ class LateralControl(BatchEnv):
     ):
         if action_mode not in ("delta", "absolute"):
             raise ValueError(f"action_mode must be delta or absolute, not {action_mode!r}")
-        if copies < 1:
-            raise ValueError(f"copies must be at least 1, not {copies}")
         bound = 1.0 if action_mode == "delta" else MAX_STEER
         box = gym.spaces.Box(-CLIP, CLIP, (OBSERVATIONS,), np.float32)
         super().__init__(
@@ -439,26 +436,26 @@ class LateralControl(BatchEnv):
         self.sim = Simulator(num_envs, self.road, Dynamics(model_path or EMBEDDED, threads))
         jerk = np.square(np.diff(self.road.target[:, FIRST:LAST], axis=1) / DT).mean(1) * 100
         self.weight = 100 / (100 + jerk)
-        self.upcoming = np.arange(num_envs)  # the segment that the row's next episode is on, with training=False
-        self.limit = np.full(num_envs, STEPS)  # steps of the row's episode
+        self.upcoming = np.arange(num_envs)  # segment of each environment's next episode, if training=False
+        self.limit = np.full(num_envs, STEPS)  # steps of each episode
         self.staggered = False
         self.uniform, self.lat, self.steer = (np.zeros((num_envs, STEPS)) for _ in range(3))
         self.known_steer, self.integral = np.zeros((num_envs, MEMORY)), np.zeros(num_envs)
-        self.window: Window | None = None
+        self.renderer: FigureRenderer | None = None
 
     def reset(self, *, seed: int | list | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         if seed is not None:
-            seeds = seed_of_each(seed, self.num_envs)
-            rows = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
-            self.upcoming[rows] = np.array([np.ravel(s)[-1] for s in seeds])[rows]
+            seeds = env_seeds(seed, self.num_envs)
+            indices = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+            self.upcoming[indices] = np.array([np.ravel(s)[-1] for s in seeds])[indices]
         self.staggered = self.training and seed is not None
         result = super().reset(seed=seed, options=options)
         self.staggered = False
         return result
 
-    def start(self, rows: np.ndarray) -> None:
+    def start(self, indices: np.ndarray) -> None:
         segment = self.sim.segment.copy()
-        for i in rows:
+        for i in indices:
             leader = i // self.copies * self.copies
             if not self.training:
                 segment[i] = self.upcoming[i] % len(self.road.names)
@@ -469,12 +466,12 @@ class LateralControl(BatchEnv):
                 self.limit[i] = self.rngs[i].integers(2, STEPS + 1) if self.staggered else STEPS
                 self.uniform[i] = self.rngs[i].random(STEPS)
             segment[i], self.limit[i], self.uniform[i] = segment[leader], self.limit[leader], self.uniform[leader]
-        self.upcoming[rows] += self.num_envs
-        self.sim.start(rows, segment[rows])
-        before = self.road.window(segment[rows], np.full(len(rows), FIRST), MEMORY + 1, 2)
-        self.known_steer[rows] = estimate_steer(*before[:3])
-        target = self.road.target[segment[rows], FIRST]
-        self.integral[rows] = leaky(np.zeros(len(rows)), target - self.sim.lat[rows, -1])
+        self.upcoming[indices] += self.num_envs
+        self.sim.start(indices, segment[indices])
+        before = self.road.window(segment[indices], np.full(len(indices), FIRST), MEMORY + 1, 2)
+        self.known_steer[indices] = estimate_steer(*before[:3])
+        target = self.road.target[segment[indices], FIRST]
+        self.integral[indices] = leaky(np.zeros(len(indices)), target - self.sim.lat[indices, -1])
 
     def advance(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         sim, every = self.sim, np.arange(self.num_envs)
@@ -495,10 +492,10 @@ class LateralControl(BatchEnv):
         ended = np.flatnonzero(self.episode_length + 1 >= self.limit)
         return reward, np.zeros(self.num_envs, bool), self._costs(ended) if len(ended) else {}
 
-    def _costs(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The official costs of the episodes that end in these rows, with the official arithmetic."""
+    def _costs(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The official costs of the episodes that end in these environments, with the official arithmetic."""
         costs = {name: np.zeros(self.num_envs) for name in ("lataccel_cost", "jerk_cost", "total_cost", "score")}
-        for i in rows:
+        for i in indices:
             n = self.limit[i]
             target, lat = self.road.target[self.sim.segment[i], FIRST : FIRST + n], self.lat[i, :n]
             costs["lataccel_cost"][i] = np.mean((target - lat) ** 2) * 100
@@ -507,41 +504,39 @@ class LateralControl(BatchEnv):
         costs["score"] = -np.minimum(costs["total_cost"], WORST_COST)
         return costs
 
-    def knowledge(self, rows: np.ndarray | None = None) -> Knowledge:
-        """What a controller knows of these rows (None: of all)."""
-        rows = np.arange(self.num_envs) if rows is None else rows
-        window = self.road.window(self.sim.segment[rows], self.sim.t[rows], PAST, AHEAD)
-        return Knowledge(*window, self.sim.lat[rows, -MEMORY:], self.known_steer[rows], self.integral[rows])
+    def knowledge(self, indices: np.ndarray | None = None) -> Knowledge:
+        """Input of a controller in these environments, by default in all."""
+        indices = np.arange(self.num_envs) if indices is None else indices
+        window = self.road.window(self.sim.segment[indices], self.sim.t[indices], PAST, AHEAD)
+        return Knowledge(*window, self.sim.lat[indices, -MEMORY:], self.known_steer[indices], self.integral[indices])
 
-    def target_before(self, rows: np.ndarray) -> np.ndarray:
-        """(n, 81) targets of steps 19..99, where the car is as long as no controller counts."""
-        return self.road.target[self.sim.segment[rows], WARM_UP - 1 : FIRST]
+    def target_before(self, indices: np.ndarray) -> np.ndarray:
+        """Targets of steps 19..99 (n, 81), which the car follows."""
+        return self.road.target[self.sim.segment[indices], WARM_UP - 1 : FIRST]
 
-    def observe(self, rows: np.ndarray) -> np.ndarray:
-        return observation(self.knowledge(rows))
+    def observe(self, indices: np.ndarray) -> np.ndarray:
+        return observation(self.knowledge(indices))
 
     def render(self) -> np.ndarray | None:
-        """Charts of row 0's episode so far; None in human mode, where a window shows them."""
-        n, segment = self.sim.t[0] - FIRST, self.sim.segment[0]
-        road = {name: getattr(self.road, name)[segment, FIRST : FIRST + n] for name in ("target", "v")}
-        lat = [("target", (120, 120, 120), road["target"]), ("actual", (200, 40, 40), self.lat[0, :n])]
-        frame = charts(
-            [
-                (f"lateral acceleration (m/s^2), {self.road.names[segment]}", lat),
-                ("steering", [("steer", (30, 90, 200), self.steer[0, :n])]),
-                ("speed (m/s)", [("speed", (20, 130, 60), road["v"])]),
-            ],
-            STEPS,
-        )
-        if self.render_mode != "human":
-            return frame
-        self.window = self.window or Window("LateralControl-v0")
-        self.window.show(frame)
-        return None
+        """Charts of environment 0's episode so far, uint8 (480, 720, 3); None in human mode, which opens a window."""
+        self.renderer = self.renderer or FigureRenderer(self.render_mode, 720, 480)
+        figure, n, segment = self.renderer.figure, self.sim.t[0] - FIRST, self.sim.segment[0]
+        figure.clear()
+        target, speed = (getattr(self.road, name)[segment, FIRST : FIRST + n] for name in ("target", "v"))
+        lataccel, steer, speeds = figure.subplots(3, sharex=True)
+        lataccel.plot(target, "gray", label="target")
+        lataccel.plot(self.lat[0, :n], "tab:red", label="actual")
+        lataccel.set(title=self.road.names[segment], ylabel="lat. acc. (m/s²)", xlim=(0, STEPS))
+        lataccel.legend(loc="upper right", ncols=2)
+        steer.plot(self.steer[0, :n], "tab:blue")
+        steer.set(ylabel="steering")
+        speeds.plot(speed, "tab:green")
+        speeds.set(ylabel="speed (m/s)", xlabel="step (0.1 s)")
+        return self.renderer.show()
 
     def close_extras(self, **kwargs: Any) -> None:
-        if self.window is not None:
-            self.window.close()
+        if self.renderer is not None:
+            self.renderer.close()
 
     def state(self) -> dict[str, np.ndarray]:
         return {

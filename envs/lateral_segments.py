@@ -1,21 +1,19 @@
-"""Segments of driving for LateralControl-v0: logs in the CSV format of the comma controls challenge, or made-up roads.
+"""Road segments for LateralControl-v0: logs in the CSV format of the comma controls challenge, or synthetic ones.
 
-A segment says, for each step of 0.1 s, which lateral acceleration the car should have and what it meets on the way
-(speed, acceleration, bank of the road). Synthetic segments need no file: they resemble the logs in their statistics.
+A segment holds the target lateral acceleration, speed, acceleration and road roll of each step of 0.1 s. Synthetic
+segments need no file and resemble the logs in their statistics.
 """
 
-import csv
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 DT = 0.1  # s
-CONTEXT = 20  # rows that the dynamics looks back
-FIRST = 100  # first controlled row
-LAST = 500  # costs are taken over rows FIRST..LAST-1
-MIN_ROWS = LAST + 49  # the preview of the last controlled row is complete
+CONTEXT = 20  # steps in the input of the dynamics
+FIRST = 100  # first controlled step
+LAST = 500  # costs are computed over steps FIRST..LAST-1
+MIN_ROWS = LAST + 49  # complete preview of the last controlled step
 GRAVITY = 9.81  # m/s^2
 
 COLUMNS = ("vEgo", "aEgo", "roll", "targetLateralAcceleration", "steerCommand")
@@ -25,71 +23,48 @@ ROWS = 600  # of a synthetic segment
 
 @dataclass(frozen=True)
 class Segment:
-    """A drive of T rows, one each 0.1 s."""
+    """A segment of T steps of 0.1 s."""
 
     name: str
     """file name, or split and number of a synthetic segment"""
     target: np.ndarray
-    """(T,) lateral acceleration wanted, m/s^2; positive where positive steering leads"""
+    """(T,) target lateral acceleration, m/s^2, with the sign of the steering"""
     roll: np.ndarray
-    """(T,) lateral acceleration that the bank of the road gives, sin(roll angle) * 9.81, m/s^2"""
+    """(T,) lateral acceleration due to the road roll, sin(roll angle) * 9.81, m/s^2"""
     v: np.ndarray
     """(T,) speed, m/s"""
     a: np.ndarray
     """(T,) longitudinal acceleration, m/s^2"""
     steer: np.ndarray
-    """(100,) steering of the first rows in the simulator's sign, minus the log's steerCommand"""
+    """(100,) steering of the first steps, -steerCommand"""
 
 
 def load_segment(path: str | Path) -> Segment:
-    """Read one log. Columns beyond the five that a segment needs are ignored, as is steerCommand from row 100 on."""
+    """Read a log. Other columns are ignored, as is steerCommand from row 100 on.
+
+    Raises:
+        ValueError: a column is missing, too short or not finite.
+    """
     path = Path(path)
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file, strict=True))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a readable CSV file") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: damaged or not a CSV file ({error}); copy it anew or remove it") from error
-    while rows and not rows[-1]:  # blank lines at the end
-        rows.pop()
-    header = [name.strip() for name in rows[0]] if rows else []
-    if missing := [name for name in COLUMNS if name not in header]:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; the first line must name {', '.join(COLUMNS)}")
-    if len(rows) - 1 < MIN_ROWS:
-        raise ValueError(f"{path}: {len(rows) - 1} rows of data; at least {MIN_ROWS} are needed, so remove the file")
-    for line, row in enumerate(rows, start=1):
-        if len(row) != len(header):
-            raise ValueError(
-                f"{path}, line {line}: {len(row)} cells for {len(header)} columns; mend or remove the file"
-            )
-    cells = dict(zip(header, zip(*rows[1:])))
-    read = partial(_column, path, cells)
+        table = np.genfromtxt(path, delimiter=",", names=True, autostrip=True, encoding="utf-8-sig", usecols=COLUMNS)
+    except (OSError, ValueError, IndexError) as error:
+        raise ValueError(f"{path}: not a log with columns {', '.join(COLUMNS)} ({error}); remove it") from error
+    if table.ndim == 0 or len(table) < MIN_ROWS:
+        raise ValueError(f"{path}: {table.size} rows, but at least {MIN_ROWS} are needed; remove it")
+    for name in COLUMNS:
+        values = table[name][:FIRST] if name == "steerCommand" else table[name]
+        if not np.isfinite(values).all():
+            line = int(np.isfinite(values).argmin()) + 2
+            raise ValueError(f"{path}, line {line}: {name} is not a finite number; correct or remove the file")
     return Segment(
         name=path.name,
-        target=read("targetLateralAcceleration"),
-        roll=np.sin(read("roll")) * GRAVITY,
-        v=read("vEgo"),
-        a=read("aEgo"),
-        steer=-read("steerCommand", FIRST),
+        target=table["targetLateralAcceleration"].copy(),
+        roll=np.sin(table["roll"]) * GRAVITY,
+        v=table["vEgo"].copy(),
+        a=table["aEgo"].copy(),
+        steer=-table["steerCommand"][:FIRST],
     )
-
-
-def _column(path: Path, cells: dict[str, tuple[str, ...]], name: str, rows: int | None = None) -> np.ndarray:
-    """The first rows of a column (None: all) as float64."""
-    values = np.array([_number(cell) for cell in cells[name][:rows]])
-    for row in np.flatnonzero(~np.isfinite(values))[:1]:
-        cell = cells[name][row].strip()
-        what = f"holds {cell[:20]!r} instead of a finite number" if cell else "is empty"
-        raise ValueError(f"{path}, line {row + 2}: column {name} {what}; mend or remove the file")
-    return values
-
-
-def _number(cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        return np.nan
 
 
 def load_folder(path: str | Path) -> list[Segment]:
@@ -104,7 +79,7 @@ def load_folder(path: str | Path) -> list[Segment]:
 
 
 def split_of(segments: list[Segment], split: str) -> list[Segment]:
-    """The part of a data folder that a split uses: by name the first 7/8 to train, the rest for validation."""
+    """The segments of a data folder for a split: the first 7/8 by name are train, the rest validation."""
     ordered = sorted(segments, key=lambda segment: segment.name)
     cut = len(ordered) * 7 // 8
     parts = {"train": ordered[:cut], "validation": ordered[cut:]}
@@ -116,7 +91,7 @@ def split_of(segments: list[Segment], split: str) -> list[Segment]:
 
 
 def steady_gain(v: np.ndarray) -> np.ndarray:
-    """Share of steering and bank that becomes lateral acceleration at speed v: a slow car answers less."""
+    """Gain from steering and roll to lateral acceleration at speed v (m/s)."""
     return v**2 / (v**2 + 6.0**2)
 
 
@@ -128,12 +103,12 @@ def synthetic(split: str, count: int) -> list[Segment]:
     draws = [_draw(np.random.default_rng(np.random.SeedSequence(2024, spawn_key=(key, i)))) for i in range(count)]
     if not draws:
         return []
-    # Rows are time, columns are segments: the recursions below loop over time only
+    # Arrays are (T, n): the recursions below loop over time only
     noise, uniform, traits, chances = (np.stack(parts, axis=-1) for parts in zip(*draws))
     v, a = _speeds(noise[:3], traits[:3], chances)
     target = _targets(noise[3:6], uniform, traits[3:5], v)
     roll = _banks(noise[6], traits[5:7], v, target)
-    # What a driver steers who knows that the car answers 3 rows later; the floor is for a car that stands
+    # Steering that anticipates the response of the car 3 steps later; the floor is for a standing car
     needed = target[3 : FIRST + 3] / np.maximum(steady_gain(v[:FIRST]), 0.05) - roll[:FIRST]
     steer = np.clip(0.53 * needed + 0.05 * traits[7] + 0.02 * _ou(noise[7, :FIRST], 1.0), -2, 2)
     columns = (np.ascontiguousarray(x.T) for x in (target, roll, v, a, steer))
@@ -166,7 +141,7 @@ def _ou(noise: np.ndarray, tau: float) -> np.ndarray:
 
 
 def _speeds(noise: np.ndarray, traits: np.ndarray, chances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Speed and acceleration (T, n) of a driver who follows a slowly changing wish and sometimes stops."""
+    """Speed and acceleration (T, n) of drivers that follow a slowly changing desired speed and sometimes stop."""
     # 58 % of the segments are on a highway, 29 % in town, the rest in slow streets
     highway, town = chances[0] < 0.58, (chances[0] >= 0.58) & (chances[0] < 0.87)
     cruise = np.where(highway, 30 + 2.6 * traits[0], np.where(town, 11 + 13 * chances[1], 4 + 7 * chances[1]))
@@ -187,7 +162,7 @@ def _speeds(noise: np.ndarray, traits: np.ndarray, chances: np.ndarray) -> tuple
 
 
 def _targets(noise: np.ndarray, uniform: np.ndarray, traits: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Lateral acceleration (T, n) of a road whose bends begin at random, with the wobble of a planner on top."""
+    """Target lateral acceleration (T, n): bends that begin at random, and the noise of a planner."""
     start = np.where(uniform < DT / 4, np.arange(ROWS)[:, None], 0)  # a new bend every 4 s on average
     size = 0.44 * np.exp(0.8 * np.clip(traits[0], -2.5, 1.4))  # of the segment's bends, m/s^2
     bend = size * np.take_along_axis(np.clip(noise[0], -2, 2), np.maximum.accumulate(start), axis=0)
@@ -198,7 +173,7 @@ def _targets(noise: np.ndarray, uniform: np.ndarray, traits: np.ndarray, v: np.n
 
 
 def _banks(noise: np.ndarray, traits: np.ndarray, v: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Lateral acceleration (T, n) of a road's bank: it changes with the distance driven, and bends are banked."""
+    """Lateral acceleration (T, n) due to road roll, which changes with the distance and in bends."""
     keep = np.exp(-v * DT / 100)  # correlation length 100 m
     bank = np.empty_like(v)
     bank[0] = noise[0]

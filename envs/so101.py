@@ -9,24 +9,24 @@ import numpy as np
 from mujoco.batch import Batch
 
 from envs.batch_env import BatchEnv, SingleEnv
-from envs.view import View
+from envs.render import RobotRenderer
 
 ASSET = Path(__file__).parent / "assets" / "so101_paper.xml"
 SUBSTEPS = 12  # of 1/360 s: the policy acts at 30 Hz
 MAX_EPISODE_STEPS = 400
 MAX_DELTA = 0.04  # rad per step: bound of the action
-LEASH = 0.06  # rad: how far the target of a joint may run ahead of the joint
+LEASH = 0.06  # rad, largest difference between the target and the position of a joint
 READY = np.array([0, -0.108, 0.492, 0.866, 0, 0])  # rad: gripper over the frame, fingertips 3 cm above the table
 
-GOAL = np.array([0.25, 0.0])  # m: centre of the frame
+GOAL = np.array([0.25, 0.0])  # m, center of the frame
 HALF_SHEET = np.array([0.074, 0.105])  # m: A5
-MAX_OFFSET = np.array([0.07, 0.12])  # m: where the sheet starts, relative to the goal ...
-MIN_OFFSET = 0.06  # m: ... but no nearer than this
+MAX_OFFSET = np.array([0.07, 0.12])  # m, largest initial offset of the sheet from the goal ...
+MIN_OFFSET = 0.06  # m, ... and smallest distance
 MAX_YAW = 0.3  # rad
 TABLE_FRICTION, TIP_FRICTION = 0.6, 1.3  # of the sheet on the table, of a fingertip on the sheet
-TABLE_RANGE, TIP_RANGE = (0.8, 1.2), (0.85, 1.15)  # randomisation: factors of the two
+TABLE_RANGE, TIP_RANGE = (0.8, 1.2), (0.85, 1.15)  # factors by which both are randomized
 SUCCESS_REWARD = 10.0
-HOLD_STEPS = 5  # consecutive steps inside the frame that make a success
+HOLD_STEPS = 5  # consecutive steps inside the frame for a success
 
 ARM, SHEET = slice(0, 6), slice(6, 9)  # in qpos: pan, lift, elbow, wrist flex, wrist roll, gripper; sheet x, y, yaw
 OBS_HIGH = np.array([3.2] * 6 + [20] * 6 + [1] * 13, np.float32)
@@ -35,22 +35,21 @@ OBS_HIGH = np.array([3.2] * 6 + [20] * 6 + [1] * 13, np.float32)
 class IK:
     """Base policy: differential inverse kinematics that hovers over the sheet, presses on it and drags it to the goal.
 
-    Each step moves the end effector towards a point by damped least squares on the arm's Jacobian J,
+    Each step moves the end effector toward a point by damped least squares with the Jacobian J of the arm,
 
         dq = J^T (J J^T + damping^2 I)^-1 v,        v = velocity of the end effector and of the gripper's pitch,
 
-    (Nakamura & Hanafusa 1986). It does not look at the sheet's yaw: turning the sheet is left to the residual.
-
-    A pure function of the observation: (N, 25) -> (N, 6), rad.
+    (Nakamura & Hanafusa 1986). It ignores the sheet's yaw, which is left to the residual. Observation (N, 25) -> action
+    (N, 6), rad.
     """
 
-    GAIN = 0.5  # share of the remaining way made in one step ...
+    GAIN = 0.5  # fraction of the remaining distance per step ...
     MAX_STEP = 0.012  # m: ... and its bound
-    HOVER, PRESS = 0.03, -0.003  # m: height aimed at above the sheet, and when pressing on it
-    CONTACT = 0.014  # m: below this the fingertips are taken to press
-    NEAR_ABOVE, NEAR_PRESSING = 0.015, 0.05  # m from the sheet's centre: near enough to go down, to go on pressing
-    PITCH = 1.2  # rad: gripper pointing down, both fingertips at one height
-    PITCH_WEIGHT = 0.1  # m/rad: what an error in pitch counts beside one in position
+    HOVER, PRESS = 0.03, -0.003  # m, target heights above the sheet and when pressing on it
+    CONTACT = 0.014  # m; below it the fingertips are assumed to press
+    NEAR_ABOVE, NEAR_PRESSING = 0.015, 0.05  # m from the center of the sheet: to move down, to keep pressing
+    PITCH = 1.2  # rad; gripper down, both fingertips at the same height
+    PITCH_WEIGHT = 0.1  # m/rad, weight of pitch errors relative to position errors
     DAMPING = 0.02
 
     def __init__(self):
@@ -65,8 +64,8 @@ class IK:
         low = tip[:, 2] < self.CONTACT
         distance = np.hypot(*(sheet - tip[:, :2]).T)
         over = distance < np.where(low, self.NEAR_PRESSING, self.NEAR_ABOVE)
-        xy = np.where((over & low)[:, None], tip[:, :2] + goal, sheet)  # drag the sheet home, or come over it ...
-        xy = np.where((~over & low)[:, None], tip[:, :2], xy)  # ... but first rise, or the sheet would be pushed along
+        xy = np.where((over & low)[:, None], tip[:, :2] + goal, sheet)  # drag the sheet, or move above it ...
+        xy = np.where((~over & low)[:, None], tip[:, :2], xy)  # ... but rise first, so that the sheet is not pushed
         target = np.column_stack([xy, np.where(over, self.PRESS, self.HOVER)])
 
         step = self.GAIN * (target - tip)
@@ -81,90 +80,59 @@ class IK:
         transpose = jacobian.transpose(0, 2, 1)
         damped = jacobian @ transpose + self.DAMPING**2 * np.eye(4)
         dq = (transpose @ np.linalg.solve(damped, velocity[:, :, None]))[:, :, 0]
-        dq *= np.minimum(1, MAX_DELTA / np.abs(dq).max(1, keepdims=True).clip(1e-9))  # slower, but straight on
+        dq *= np.minimum(1, MAX_DELTA / np.abs(dq).max(1, keepdims=True).clip(1e-9))  # slower, in the same direction
 
         action = np.zeros((len(obs), 6), np.float32)
         action[:, :4] = dq
-        action[:, 4] = action[:, 0]  # the wrist undoes the pan's turn, so that dragging does not turn the sheet
+        action[:, 4] = action[:, 0]  # the wrist compensates the pan, so that dragging does not turn the sheet
         return action
 
     def _jacobian(self, joints: np.ndarray, tip: np.ndarray) -> np.ndarray:
-        """d tip / d (pan, lift, elbow, wrist), (N, 3, 4), from the arm's own model."""
+        """d tip / d (pan, lift, elbow, wrist) (N, 3, 4) of the arm's model."""
         if self.batch.nsim != len(joints):
             self.batch = Batch(self.model, len(joints), 1)
         self.batch.qpos[:, ARM] = joints
         return self.batch.jac(self.gripper, tip)[0][:, :, :4]
 
 
-def check(
-    frame_margin: float, threads: int, paper_friction: float, link_mass: float, action_delay: int,
-    position_noise: float, angle_noise: float,
-) -> None:  # fmt: skip
-    """Raises ValueError for a value out of its range."""
-    if not 0 < frame_margin < 1:
-        raise ValueError(f"frame_margin must be above 0 and below 1 m, not {frame_margin}")
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
-    for name, factor in (("paper_friction", paper_friction), ("link_mass", link_mass)):
-        if not 0 < factor <= 10:
-            raise ValueError(f"{name} must be above 0 and at most 10, not {factor}")
-    for name, deviation in (("position_noise", position_noise), ("angle_noise", angle_noise)):
-        if not 0 <= deviation <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, not {deviation}")
-    if not 0 <= action_delay < MAX_EPISODE_STEPS:
-        raise ValueError(f"action_delay must be 0 or more and below {MAX_EPISODE_STEPS}, not {action_delay}")
-
-
-def check_training(reach_weight: float, yaw_weight: float, success_reward: float, training_steps: int) -> None:
-    """Raises ValueError for a value out of its range."""
-    for name, weight in (("reach_weight", reach_weight), ("yaw_weight", yaw_weight)):
-        if not 0 <= weight < np.inf:
-            raise ValueError(f"{name} must be 0 or more, not {weight}")
-    if not np.isfinite(success_reward):
-        raise ValueError(f"success_reward must be finite, not {success_reward}")
-    if not 1 <= training_steps <= MAX_EPISODE_STEPS:
-        raise ValueError(f"training_steps must be between 1 and {MAX_EPISODE_STEPS}, not {training_steps}")
-
-
 class SO101Paper(BatchEnv):
-    """An SO-101 arm drags an A5 sheet into a taped frame and must turn it until every corner lies inside.
+    """An SO-101 arm drags an A5 sheet into a taped frame and turns it until all corners are inside.
 
     Observation (25): joint positions 6 (rad), joint velocities 6 (rad/s), sheet position 3 (m) and quaternion 4 (wxyz),
-    goal vector 3 (sheet to frame centre, m), end-effector position 3 (m), all in the robot's base frame, clipped to its
+    goal vector 3 (sheet to frame center, m), end-effector position 3 (m), all in the robot's base frame, clipped to its
     bounds. Action (6): change of the joints' targets, rad, within +-0.04: pan, lift, elbow, wrist flex, wrist roll,
-    gripper. The target is integrated, so zero holds the pose; a leash keeps it within 0.06 rad of the joint.
+    gripper. Targets are integrated, so zero holds the pose; they stay within 0.06 rad of the joints.
 
-    The task (training=False): the sheet starts up to 7 cm (x) and 12 cm (y), at least 6 cm, from the goal, turned by up
-    to 0.3 rad; friction of sheet and fingertips varies. Success: all corners inside for 5 steps in a row, which ends
-    the episode with +10; every step costs 0.01; 400 steps of 1/30 s.
+    Task (training=False): the sheet starts up to 7 cm (x) and 12 cm (y), at least 6 cm, from the goal, turned by up to
+    0.3 rad; the friction of sheet and fingertips varies. An episode succeeds when all corners have been inside for 5
+    consecutive steps, with a reward of 10. Every step costs 0.01; the time limit is 400 steps of 1/30 s.
 
     Training adds Phi(s') - Phi(s) with Phi = -5 reach - 30 overhang - 3 |yaw|: reach is the distance from end effector
-    to sheet, overhang how far the sheet sticks out of its frame. Undiscounted it telescopes, but unlike
-    gamma Phi' - Phi (Ng et al. 1999) it may shift the optimum: with a negative Phi, waiting pays. Judge by success,
-    not by the training return.
+    to sheet, overhang how far the sheet extends beyond the frame. Without discounting it telescopes, but unlike
+    gamma Phi' - Phi (Ng et al. 1999) it can change the optimal policy, because Phi is negative. Compare policies by
+    success, not by the training return.
 
-    Idealised: the sheet is rigid and stays flat (x, y, yaw), the table's friction on it is that of its own weight and
-    its limits in x, y and yaw are independent, since a finger passes its load through thin paper straight to the table,
-    which in turn lowers the friction between finger and sheet by the table's share. The arm does not feel the table's
-    drag; only its fingertips touch anything, and off the sheet they slide on the table without friction.
+    Idealizations: the sheet is rigid and flat (x, y, yaw). The friction between table and sheet is that of the sheet's
+    weight, independent in x, y and yaw; the load of a finger goes through the thin paper to the table, which reduces
+    the friction between finger and sheet. Only the fingertips collide, and beside the sheet they slide without
+    friction.
 
     Args:
-        num_envs, training, split, render_mode: as in BatchEnv.
-        frame_margin: m between sheet and tape on each side when the sheet is centred.
+        num_envs, training, split, render_mode: see BatchEnv.
+        frame_margin: distance between sheet and tape on each side of a centered sheet, m.
         randomize: vary friction between episodes; the published task (training=False) always does.
-        reach_weight, yaw_weight: of training only, those of Phi; without a base more for reach seems to help.
-        success_reward: of training only, instead of 10.
-        training_steps: of training only, the steps of an episode. Where many episodes fail, as in a tight frame,
-            training with 150 instead of 400 sees twice as many starts.
-        paper_friction: factor of the table's friction on the sheet, on top of its variation.
-        link_mass: factor of the masses and inertias of the arm's links.
-        action_delay: steps by which every action comes late.
-        position_noise: standard deviation, m, of sheet and end effector as observed.
-        angle_noise: standard deviation, rad, of the joints' positions and the sheet's yaw as observed.
+        reach_weight, yaw_weight: in training only, weights in Phi.
+        success_reward: in training only, instead of 10.
+        training_steps: in training only, the time limit. If most episodes fail, a shorter one gives more start states.
+        paper_friction: factor on the friction between table and sheet, in addition to its variation.
+        link_mass: factor on the masses and inertias of the links.
+        action_delay: delay of actions in steps.
+        position_noise: standard deviation of the observed positions of sheet and end effector, m.
+        angle_noise: standard deviation of the observed joint positions and yaw of the sheet, rad.
         threads: CPU threads of the simulator; the result does not depend on it.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: frame_margin is not above 0.
     """
 
     metadata: ClassVar = {**BatchEnv.metadata, "render_fps": 30}
@@ -190,8 +158,8 @@ class SO101Paper(BatchEnv):
         angle_noise: float = 0.0,
         threads: int = 1,
     ):
-        check(frame_margin, threads, paper_friction, link_mass, action_delay, position_noise, angle_noise)
-        check_training(reach_weight, yaw_weight, success_reward, training_steps)
+        if not frame_margin > 0:
+            raise ValueError(f"frame_margin must be above 0 m, not {frame_margin}")
         observation_space = gym.spaces.Box(-OBS_HIGH, OBS_HIGH, dtype=np.float32)
         action_space = gym.spaces.Box(-MAX_DELTA, MAX_DELTA, (6,), np.float32)
         steps = training_steps if training else MAX_EPISODE_STEPS
@@ -202,9 +170,9 @@ class SO101Paper(BatchEnv):
         self.randomize = randomize or not training
 
         self.model = mujoco.MjModel.from_xml_path(str(ASSET))
-        self._lay_tape()
+        self._place_tape()
         if link_mass != 1:
-            self._weigh(link_mass)
+            self._scale_mass(link_mass)
         self.joint_low, self.joint_high = self.model.jnt_range[ARM].T
         self.sheet_frictionloss, self.paper_friction = self.model.dof_frictionloss[SHEET].copy(), paper_friction
         self.fingertips = [self.model.geom(f"{finger}_fingertip").id for finger in ("fixed", "moving")]
@@ -217,12 +185,12 @@ class SO101Paper(BatchEnv):
         self.steps_inside, self.potential = np.zeros(num_envs, np.int64), np.zeros(num_envs)
         self.deviation = np.repeat([angle_noise, position_noise, angle_noise, position_noise], [6, 2, 1, 3])
         self.noise = np.zeros((num_envs, 12))  # on the joints, the sheet's x, y and yaw, and the end effector
-        self.coming = np.zeros((num_envs, action_delay, 6))  # actions that are still to come
-        self.view = View("table", self.metadata["render_fps"])
+        self.delayed_actions = np.zeros((num_envs, action_delay, 6))  # oldest first
+        self.renderer = RobotRenderer(render_mode, "table", self.metadata["render_fps"])
 
-    def start(self, rows: np.ndarray) -> None:
-        self.batch.reset(rows, stage=mujoco.mjtStage.mjSTAGE_NONE)
-        for i in rows:
+    def start(self, indices: np.ndarray) -> None:
+        self.batch.reset(indices, stage=mujoco.mjtStage.mjSTAGE_NONE)
+        for i in indices:
             rng = self.rngs[i]
             offset = rng.uniform(-MAX_OFFSET, MAX_OFFSET)
             while np.hypot(*offset) < MIN_OFFSET:
@@ -232,27 +200,27 @@ class SO101Paper(BatchEnv):
             table *= self.paper_friction
             self.frictionloss[i, SHEET] = table * self.sheet_frictionloss
             self.friction[i, self.fingertips, 0] = max(0, tip * TIP_FRICTION - table * TABLE_FRICTION)
-        self._disturb(rows)
-        self.coming[rows] = 0
-        self.qpos[rows, ARM], self.target[rows] = READY, self.ready_target
-        self.batch.forward(rows, stage=mujoco.mjtStage.mjSTAGE_POS)
-        self.steps_inside[rows] = 0
-        self.potential[rows] = self._potential(self._overhang())[rows]
+        self._disturb(indices)
+        self.delayed_actions[indices] = 0
+        self.qpos[indices, ARM], self.target[indices] = READY, self.ready_target
+        self.batch.forward(indices, stage=mujoco.mjtStage.mjSTAGE_POS)
+        self.steps_inside[indices] = 0
+        self.potential[indices] = self._potential(self._overhang())[indices]
 
-    def _disturb(self, rows: np.ndarray) -> None:
-        """New noise for the observation that comes next."""
+    def _disturb(self, indices: np.ndarray) -> None:
+        """Draw the noise of the next observation."""
         if self.deviation.any():
-            for i in rows:
+            for i in indices:
                 self.noise[i] = self.rngs[i].normal(0, self.deviation)
 
     def advance(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        if self.coming.size:
-            late = np.concatenate([self.coming, action[:, None]], axis=1)
-            action, self.coming[:] = late[:, 0], late[:, 1:]
+        if self.delayed_actions.size:
+            late = np.concatenate([self.delayed_actions, action[:, None]], axis=1)
+            action, self.delayed_actions[:] = late[:, 0], late[:, 1:]
         joints = self.qpos[:, ARM]
         target = np.clip(self.target + action, joints - LEASH, joints + LEASH)
         self.target[:] = np.clip(target, self.joint_low, self.joint_high)
-        # stage: also compute the positions of the state reached, where mj_step leaves them one substep behind
+        # stage: update the positions, which mj_step leaves one substep behind
         self.batch.step(nstep=SUBSTEPS, stage=mujoco.mjtStage.mjSTAGE_POS)
         self._disturb(np.arange(self.num_envs))
 
@@ -269,18 +237,18 @@ class SO101Paper(BatchEnv):
         metrics = {"is_success": success, "yaw_error": np.abs(self.qpos[:, 8]), "position_error": position_error}
         return reward, success, metrics
 
-    def observe(self, rows: np.ndarray) -> np.ndarray:
-        noise = self.noise[rows]
-        x, y, yaw = (self.qpos[rows, SHEET] + noise[:, SHEET]).T
+    def observe(self, indices: np.ndarray) -> np.ndarray:
+        noise = self.noise[indices]
+        x, y, yaw = (self.qpos[indices, SHEET] + noise[:, SHEET]).T
         z = np.zeros_like(x)
         quaternion = (np.cos(yaw / 2), z, z, np.sin(yaw / 2))
         sheet = np.stack([x, y, z, *quaternion, GOAL[0] - x, GOAL[1] - y, z], axis=1)
-        joints, tip = self.qpos[rows, ARM] + noise[:, ARM], self.tip[rows] + noise[:, 9:]
-        obs = np.concatenate([joints, self.qvel[rows, ARM], sheet, tip], axis=1)
+        joints, tip = self.qpos[indices, ARM] + noise[:, ARM], self.tip[indices] + noise[:, 9:]
+        obs = np.concatenate([joints, self.qvel[indices, ARM], sheet, tip], axis=1)
         return obs.clip(-OBS_HIGH, OBS_HIGH).astype(np.float32)
 
     def _overhang(self) -> np.ndarray:
-        """How far the outermost corner of the sheet lies beyond the tape along x and y, (N, 2), m; inside: <= 0."""
+        """Distance of the outermost corner of the sheet beyond the tape along x and y (N, 2), m; <= 0 inside."""
         yaw = self.qpos[:, 8]
         c, s = np.abs(np.cos(yaw)), np.abs(np.sin(yaw))
         (a, b), offset = HALF_SHEET, np.abs(self.qpos[:, 6:8] - GOAL)
@@ -293,30 +261,30 @@ class SO101Paper(BatchEnv):
         return -self.reach_weight * reach - 30 * overhang - self.yaw_weight * yaw
 
     def _gravity_torque(self, joints: np.ndarray) -> np.ndarray:
-        """Torque that holds the arm at rest, (6,), N m."""
+        """Torque that holds the arm at rest (6,), N m."""
         data = mujoco.MjData(self.model)
         data.qpos[ARM] = joints
         mujoco.mj_forward(self.model, data)
         return data.qfrc_bias[ARM].copy()
 
-    def _weigh(self, factor: float) -> None:
-        """Makes the arm's links heavier or lighter."""
+    def _scale_mass(self, factor: float) -> None:
+        """Scale masses and inertias of the links."""
         links = self.model.jnt_bodyid[ARM]
         self.model.body_mass[links] *= factor
         self.model.body_inertia[links] *= factor
         mujoco.mj_setConst(self.model, mujoco.MjData(self.model))
 
-    def _lay_tape(self) -> None:
-        """Four strips, 1 cm wide, around the opening."""
+    def _place_tape(self) -> None:
+        """Place four strips, 1 cm wide, around the frame."""
         (x, y), width = self.half_frame, 0.005
-        for name, centre, half in (
+        for name, center, half in (
             ("front", (x + width, 0), (width, y + 2 * width)),
             ("back", (-x - width, 0), (width, y + 2 * width)),
             ("left", (0, y + width), (x, width)),
             ("right", (0, -y - width), (x, width)),
         ):
             strip = self.model.geom(f"tape_{name}")
-            strip.pos[:2], strip.size[:2] = GOAL + centre, half
+            strip.pos[:2], strip.size[:2] = GOAL + center, half
 
     def state(self) -> dict[str, np.ndarray]:
         return {
@@ -326,25 +294,25 @@ class SO101Paper(BatchEnv):
             "steps_inside": self.steps_inside,
             "potential": self.potential,
             **({"noise": self.noise} if self.deviation.any() else {}),
-            **({"coming": self.coming} if self.coming.size else {}),
+            **({"delayed_actions": self.delayed_actions} if self.delayed_actions.size else {}),
         }
 
     def load_state_dict(self, state: dict) -> np.ndarray:
         super().load_state_dict(state)
-        self.batch.forward(stage=mujoco.mjtStage.mjSTAGE_POS)  # the end effector's position follows from the state
+        self.batch.forward(stage=mujoco.mjtStage.mjSTAGE_POS)  # computes the position of the end effector
         return self.observe(np.arange(self.num_envs))
 
     def render(self) -> np.ndarray | None:
-        """Row 0, drawn by MuJoCo: an image (480, 640, 3) uint8, or in mode human a window."""
+        """Environment 0 as an image (480, 640, 3) uint8; None in human mode, which opens a window."""
         data = self.batch.get_data(0)
         mujoco.mj_forward(self.model, data)
-        return (self.view.window if self.render_mode == "human" else self.view.image)(self.model, data)
+        return self.renderer.render(self.model, data)
 
     def close_extras(self, **kwargs: Any) -> None:
-        self.view.close()
+        self.renderer.close()
 
 
 class SO101PaperEnv(SingleEnv):
-    """One SO101Paper as an ordinary Gymnasium environment."""
+    """SO101Paper as a Gymnasium environment."""
 
     batch_env = SO101Paper

@@ -1,5 +1,5 @@
-"""Scripted drivers: one that follows its route, and one that also stops for pedestrians. They look at what a policy
-sees, and know which robot they drive."""
+"""Scripted controllers: one follows its route, the other also stops for pedestrians. They get the observation of a
+policy and know the robot."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from envs.socnav.dynamics import DT, WHEELBASE
 
 CRUISE = 1.5  # m/s
 TURNING = 2.0  # 1/s, turn rate for each radian off course
-STOP_AHEAD, STOP_BESIDE = 4.0, 2.0  # m within which a pedestrian in front makes it stop
+STOP_AHEAD, STOP_BESIDE = 4.0, 2.0  # m; the robot stops for a pedestrian within this box
 
 
 class Pursuit:
     """Drives at 1.5 m/s towards the point of the route 3 m ahead, slower in bends."""
 
-    def reset(self, rows: np.ndarray, vec: Any) -> None:
-        self.robot = vec.robot
+    def reset(self, indices: np.ndarray, envs: Any) -> None:
+        self.robot = envs.robot
 
     def speed(self, obs: dict[str, np.ndarray], bearing: np.ndarray) -> np.ndarray:
-        """The speed (N,) that it wants, m/s."""
+        """The speed (N,) that the robot should have, m/s."""
         return CRUISE * np.clip(np.cos(bearing), 0.1, 1) ** 2
 
     def __call__(self, obs: dict[str, np.ndarray]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The pedestrians of all rows: where each wants to go, whom it walks with, and their common step."""
+"""The pedestrians of all environments: their goals, groups and steps."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from envs.socnav.starts import LOOP, RESPAWN, ROLES, SPEED_CAP, World
 JOIN, LEAVE = ROLES.index("join"), ROLES.index("leave")
 ESCORTS = [ROLES.index(role) for role in ("follow", "lead", "accompany")]
 OFFENSIVE = 2.0  # m/s^2; a force above it counts against comfort
-RETURN = 3.0  # m from the robot, nearer than which nobody appears again
+RETURN = 3.0  # m; pedestrians do not reappear closer to the robot
 
 
 def sum_over(index: Tensor, values: Tensor, size: int) -> Tensor:
@@ -42,13 +42,13 @@ def enumerated(count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Crowd:
-    """The pedestrians of N rows, P slots each.
+    """The pedestrians of N environments, with P slots each.
 
     Attributes:
-        start: (N,) the row of the world that each row of ours plays.
+        start: (N,) index of each environment's start in the world.
         position, velocity: (2, N, P) m, m/s, views of motion (4, N, P); an empty slot is far away.
-        way: (N, P) waypoint that each walks to; pause: (N, P) s that it still stands.
-        member: (N, P) whether it feels its group.
+        way: (N, P) index of each waypoint; pause: (N, P) remaining waiting time, s.
+        member: (N, P) whether the group forces act.
     """
 
     def __init__(self, world: World, num_envs: int, robot_radius: float, obstacles: bool, repulsion: bool):
@@ -61,38 +61,37 @@ class Crowd:
         self.pause = torch.zeros(shape, device=device)
         self.member = torch.zeros(shape, dtype=torch.bool, device=device)
 
-    def begin(self, rows: Tensor, start: Tensor) -> None:
-        """Put the pedestrians of these rows where those of these starts are."""
+    def begin(self, indices: Tensor, start: Tensor) -> None:
+        """Place the pedestrians of these environments (n,) as in these starts (n,)."""
         people = self.world.pedestrians
-        self.start[rows] = start
-        self.position[:, rows] = people["position"][:, start]
-        self.way[rows] = people["first"][start]
-        self.pause[rows] = people["pauses"][start][..., 0]
-        self.member[rows] = people["member"][start]
+        self.start[indices] = start
+        self.position[:, indices] = people["position"][:, start]
+        self.way[indices] = people["first"][start]
+        self.pause[indices] = people["pauses"][start][..., 0]
+        self.member[indices] = people["member"][start]
         self.index()
-        # They walk at their nominal pace already
-        x, robot = pick(self.position.flatten(1), self.who), pick(self.world.pose.index_select(1, self.start), self.row)
+        # They begin at their nominal speed
+        x, robot = pick(self.position.flatten(1), self.who), pick(self.world.pose.index_select(1, self.start), self.env)
         to_goal = self._wishes(x, pick(self.way.flatten(), self.who), robot) - x
         walking = self.speed / SPEED_CAP * (pick(self.pause.flatten(), self.who) == 0)
         velocity = torch.zeros_like(self.velocity).flatten(1).index_copy(1, self.who, unit(to_goal) * walking)
-        self.velocity[:, rows] = velocity.view_as(self.velocity)[:, rows]
+        self.velocity[:, indices] = velocity.view_as(self.velocity)[:, indices]
 
     def index(self) -> None:
-        """List who is there, which only changes with the starts: all forces are computed for these alone.
-
-        M pedestrians: slot n * P + p of each (who), its row, what it is; K pairs of them that share a row."""
+        """List the M pedestrians of all environments and the K pairs that share an environment. Forces are computed for
+        these alone. self.who is the slot n * P + p of each pedestrian, self.env its environment n."""
         world, slots = self.world, self.world.slots
-        count = world.count[self.start]  # of those in a row, who have its first slots
-        self.row, slot = enumerated(count)
-        self.who = self.row * slots + slot
-        self.entry = self.start[self.row] * slots + slot  # its place in the world's tables
+        count = world.count[self.start]  # pedestrians per environment, which have the first slots
+        self.env, slot = enumerated(count)
+        self.who = self.env * slots + slot
+        self.entry = self.start[self.env] * slots + slot  # index in the arrays of the world
         people = world.pedestrians
         for name in ("speed", "arrives", "end", "last", "role"):
             setattr(self, name, pick(people[name].flatten(), self.entry))
         self.offset, self.respawn = (pick(people[name].flatten(1), self.entry) for name in ("offset", "respawn"))
-        self.group = self.row * slots + pick(people["group"].flatten(), self.entry)
-        self.rectangles = world.rectangles.index_select(1, world.map[self.start[self.row]])
-        self.one, k = enumerated(count[self.row] - 1)  # each with all others of its row
+        self.group = self.env * slots + pick(people["group"].flatten(), self.entry)
+        self.rectangles = world.rectangles.index_select(1, world.map[self.start[self.env]])
+        self.one, k = enumerated(count[self.env] - 1)  # pairs: each with all others of its environment
         self.other = k + (self.one - slot[self.one])
         self.other += self.other >= self.one
         self.escorts = (self.role >= ESCORTS[0]) & (self.role <= ESCORTS[-1])
@@ -102,12 +101,12 @@ class Crowd:
         self.kin_one, self.kin_other = self.one[kin], self.other[kin]
 
     def _goals(self, way: Tensor) -> Tensor:
-        """The waypoints (2, M) of these numbers (M,) in everybody's path; nonsense where it has none."""
+        """Waypoint number `way` (M,) of each path (2, M); arbitrary for pedestrians without a path."""
         path = self.world.pedestrians["path"]
         return pick(path.flatten(1), self.entry * path.shape[-1] + way)
 
     def _wishes(self, x: Tensor, way: Tensor, robot: Tensor) -> Tensor:
-        """Where everybody wants to go (2, M): to a waypoint, to a place beside the robot (3, M), or nowhere."""
+        """Goal of each pedestrian (2, M): a waypoint, a position beside its robot (3, M), or its own position."""
         goal = torch.where(self.walks, self._goals(way), x)
         if self.has_roles:
             beside = robot[:2] + rotate(self.offset, torch.cos(robot[2]), torch.sin(robot[2]))
@@ -115,9 +114,9 @@ class Crowd:
         return goal
 
     def step(self, pose: Tensor) -> Tensor:
-        """One step of all, with the robots at pose (3, N). Returns how many felt an offensive force (N,)."""
+        """Step all pedestrians, with the robots at pose (3, N). Returns how many felt an offensive force (N,)."""
         x, v = pick(self.motion.flatten(1), self.who).split(2)
-        robot = pick(pose, self.row)
+        robot = pick(pose, self.env)
         standing = pick(self.pause.flatten(), self.who) > 0
         member = torch.where(self.role == LEAVE, standing, pick(self.member.flatten(), self.who))
         size, centroid = self._groups(x, member)
@@ -145,10 +144,10 @@ class Crowd:
         x = x + DT * v
         self.motion.flatten(1).index_copy_(1, self.who, torch.cat([x, v]))
         offensive = (length(force) > OFFENSIVE).to(x)
-        return sum_over(self.row, offensive[None], len(self.start))[0]
+        return sum_over(self.env, offensive[None], len(self.start))[0]
 
     def _groups(self, x: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-        """Size (M,) and centroid (2, M) of everybody's group; those who belong to none are alone where they are."""
+        """Size (M,) and centroid (2, M) of each pedestrian's group, which is 1 and its own position without a group."""
         if not len(self.kin_one):
             return torch.ones_like(x[0]), x
         values = torch.cat([x, torch.ones_like(x[:1])]) * member
@@ -157,14 +156,16 @@ class Crowd:
         return size, torch.where(member, torch.stack(sums) / size, x)
 
     def _turn(self, x: Tensor, v: Tensor, centroid: Tensor, standing: Tensor, robot: Tensor) -> tuple:
-        """Let those whose group has reached its waypoint turn to the next one. Returns the new x and v, where everybody
-        wants to go (2, M), and who came back (M,).
+        """Advance pedestrians whose group has reached its waypoint to the next one. At the end of its path a pedestrian
+        stops, starts again, or is moved to where its crowd appears.
 
-        At the end of its path a pedestrian stops, begins anew, or returns to where its crowd appears."""
+        Returns:
+            The new x, v and goals (2, M), and which pedestrians were moved (M,).
+        """
         way = pick(self.way.flatten(), self.who)
         arrived = (length(centroid - self._goals(way)) < self.arrives) & ~standing & self.walks
         at_end = way == self.last
-        close = (length(self.respawn - robot[:2]) <= RETURN).to(x)  # nobody of a group appears beside a robot
+        close = (length(self.respawn - robot[:2]) <= RETURN).to(x)  # a group does not reappear next to a robot
         clear = pick(sum_over(self.group, close[None], self.way.numel())[0], self.group) == 0
         goes_on = arrived & (~at_end | (self.end == LOOP) | ((self.end == RESPAWN) & clear))
         returns = goes_on & at_end & (self.end == RESPAWN)

@@ -1,15 +1,15 @@
-"""How robots and pedestrians move in a tenth of a second.
+"""Motion of robots and pedestrians in steps of 0.1 s.
 
-Vectors are component-first: a position is (2, ...), x and y in metres, so that every operation runs over contiguous
-numbers. Angles in rad, anticlockwise from x.
+Vectors are component-first: a position is (2, ...), x and y in meters, so that operations run over contiguous memory.
+Angles are in rad, counterclockwise from x.
 
-Pedestrians follow the social-force model of Helbing and Molnar (1995) with the interaction that Moussaid et al. (2009)
-measured and the group forces of Moussaid et al. (2010): mass 1, so a force is an acceleration in m/s^2.
+Pedestrians follow the social-force model of Helbing and Molnar (1995) with the interaction of Moussaid et al. (2009)
+and the group forces of Moussaid et al. (2010). Their mass is 1, so a force is an acceleration in m/s^2.
 
     v' = cap(v + dt F, speed cap),    x' = x + dt v'
-    F = desired + from pedestrians + from obstacles + from the own group + from the robot
+    F = desired + pedestrians + obstacles + group + robot
 
-One thing differs from common implementations: the angle between two directions is taken in (-pi, pi].
+Unlike in common implementations, the angle between two directions is in (-pi, pi].
 """
 
 from typing import NamedTuple
@@ -45,7 +45,7 @@ def unit(vector: Tensor) -> Tensor:
 
 
 def rotate(vector: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(2, ...) turned anticlockwise by the angle with this cosine and sine (...)."""
+    """(2, ...) turned counterclockwise by the angle with this cosine and sine (...)."""
     x, y = vector.unbind()
     return torch.stack([cos * x - sin * y, sin * x + cos * y])
 
@@ -139,7 +139,6 @@ class Robot(NamedTuple):
 
     name: str
     max_speed: float  # m/s
-    min_speed: float  # m/s, below zero if it may drive backwards
     max_turn_rate: float  # rad/s
     low: tuple[float, float]  # bounds of the action
     high: tuple[float, float]
@@ -149,14 +148,14 @@ WHEELBASE = 1.0  # m, of the bicycle
 ROBOTS = ("differential", "bicycle")
 
 
-def make_robot(name: str, allow_backwards: bool) -> Robot:
+def make_robot(name: str) -> Robot:
     """Raises ValueError for another name than differential or bicycle."""
     if name == "differential":
-        return Robot(name, 2.0, -2.0 if allow_backwards else 0.0, 1.0, (-1.0, -1.0), (1.0, 1.0))
+        return Robot(name, 2.0, 1.0, (-1.0, -1.0), (1.0, 1.0))
     if name == "bicycle":
         steer = 0.78
         turn = 3.0 * torch.tan(torch.tensor(steer)).item() / WHEELBASE
-        return Robot(name, 3.0, -3.0 if allow_backwards else 0.0, turn, (-1.0, -steer), (1.0, steer))
+        return Robot(name, 3.0, turn, (-1.0, -steer), (1.0, steer))
     raise ValueError(f"robot must be one of {', '.join(ROBOTS)}, not {name!r}")
 
 
@@ -173,7 +172,7 @@ def drive(robot: Robot, pose: Tensor, speed: Tensor, action: Tensor) -> tuple[Te
     """
     x, y, heading = pose.unbind()
     first, second = action[0].clamp(robot.low[0], robot.high[0]), action[1].clamp(robot.low[1], robot.high[1])
-    v = (speed[0] + DT * first).clamp(robot.min_speed, robot.max_speed)
+    v = (speed[0] + DT * first).clamp(0.0, robot.max_speed)
     if robot.name == "differential":  # trapezoidal: mean speeds, along the heading in the middle of the step
         turn_rate = (speed[1] + DT * second).clamp(-robot.max_turn_rate, robot.max_turn_rate)
         distance, turn = DT * (speed[0] + v) / 2, DT * (speed[1] + turn_rate) / 2

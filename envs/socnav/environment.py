@@ -1,7 +1,7 @@
-"""SocNavGrid-v0: drive to the goal through crowds, doorways and corridors without touching anybody or anything.
+"""SocNavGrid-v0: a robot drives to its goal through crowds, doorways and corridors without contact.
 
-All environments of a batch are stepped together in torch, on the CPU or a GPU. `dynamics` says how everybody moves,
-`scenarios` and `starts` where, `grid` what the robot sees, `metrics` what counts.
+All environments are stepped together in PyTorch, on the CPU or a GPU. dynamics.py and crowd.py contain the motion of
+robots and pedestrians, scenarios.py and starts.py the maps, grid.py the occupancy grid, metrics.py metrics and rewards.
 """
 
 import functools
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from envs import UserError
-from envs.batch_env import Array, BatchEnv, SingleEnv, seed_of_each
-from envs.raster import Window
+from envs.batch_env import Array, BatchEnv, SingleEnv, env_seeds
 from envs.socnav import GOAL_RANGE, PEDESTRIAN_RANGE, PEDESTRIAN_SPEED, controllers, metrics
 from envs.socnav.crowd import Crowd
 from envs.socnav.drawing import Drawing
@@ -28,19 +27,19 @@ from envs.socnav.starts import World
 
 GOAL_RADIUS = 1.0  # m beyond the robot's own, within which a waypoint counts as reached
 LOOK_AHEAD = 3.0  # m along the route
-WINDOW = 3.0  # m that the place on the route can move in a step, so that it does not jump where a route comes by again
+WINDOW = (
+    3.0  # m; the position on the route changes by less in a step, so that it cannot jump where a route meets itself
+)
 NEAREST = 64  # pedestrians in an observation
-REMAINING = 100.0  # m of route that a `remaining` of 1 stands for
-STARTS = {"train": 10, "validation": 64, "test": 256}  # of each scenario, or variant of one
-LARGEST_GRID = 2**30  # bytes
-EVALUATED = 24  # grids that must fit in any case: as many as an evaluation has, lest a run find out at its first one
+REMAINING_RANGE = 100.0  # m of remaining route that the observation scales to 1
+STARTS = {"train": 10, "validation": 64, "test": 256}  # per scenario or variant of a scenario
 
 
 @functools.lru_cache(maxsize=8)
 def load_world(
     split: str, training: bool, scenario: str | None, pedestrians: bool, density: float | None, device: str
 ) -> World:
-    """The starts of a split, kept, since each evaluation of a run asks anew."""
+    """The starts of a split. They are cached, because every evaluation needs them."""
     chosen = choose(split, training, scenario)
     if density is not None:
         chosen = [replace(one, crowds=tuple(replace(c, density=density) for c in one.crowds)) for one in chosen]
@@ -53,16 +52,16 @@ def limited(vector: Tensor, reach: float) -> Tensor:
 
 
 class Place(NamedTuple):
-    """What the world's tables say of the starts that n rows play."""
+    """The entries of the world for n environments."""
 
     waypoints: Tensor  # (2, n, K + 1) m, of the route
     along: Tensor  # (2, n, K) m, from each waypoint to the next
     leg: Tensor  # (n, K) m, its length
     arc: Tensor  # (n, K + 1) m, of the route up to each waypoint
-    rectangles: Tensor  # (4, n, R) m, what is solid
+    rectangles: Tensor  # (4, n, R) m, obstacles
     maps: Tensor  # (n,)
     limit: Tensor  # (n,) steps
-    people: Tensor  # (n,) how many pedestrians there are
+    people: Tensor  # (n,) number of pedestrians
 
 
 def place_of(world: World, start: Tensor) -> Place:
@@ -80,44 +79,52 @@ def place_of(world: World, start: Tensor) -> Place:
 
 
 class SocNavGrid(BatchEnv):
-    """N robots, each in a scenario of its own, steps of 0.1 s.
+    """N robots among pedestrians, each in its own scenario, with steps of 0.1 s.
 
-    Action: differential drive: forward acceleration (m/s^2) and angular acceleration (rad/s^2), each in [-1, 1];
-    bicycle: acceleration (m/s^2) in [-1, 1] and the angle of the front wheel (rad) in [-0.78, 0.78].
+    Action: forward acceleration (m/s^2) and angular acceleration (rad/s^2), each in [-1, 1], of a differential drive;
+    acceleration (m/s^2) in [-1, 1] and front wheel angle (rad) in [-0.78, 0.78] of a bicycle.
 
-    Observation: a dict, everything in the robot's frame (x forward, y left), scaled to [-1, 1]:
-        robot (4,): forward speed and turn rate in units of the largest, the last action.
-        goal (7,): the current waypoint of the route, the next one (the current one again when it is the last) and the
-            point of the route 3 m ahead, in units of 10 m and no longer than 1; metres left along the route / 100.
-        pedestrians (64, 4): the nearest first: position in units of 16 m, no longer than 1, and velocity (that over the
-            ground, not relative to the robot) in units of 2 m/s; zeros where there are fewer.
-        count (1,) uint8: how many of them there are.
+    Observation: a dict in the robot's frame (x forward, y left), scaled to [-1, 1]:
+        robot (4,): forward speed and turn rate, relative to their maxima, and the last action.
+        goal (7,): current waypoint, next waypoint (the current one again if it is the last) and the point of the route
+            3 m ahead, divided by 10 m and shortened to length 1; remaining route / 100 m.
+        pedestrians (64, 4): nearest first: position / 16 m, shortened to length 1, and velocity over the ground
+            / 2 m/s; zeros if there are fewer.
+        count (1,) uint8: number of pedestrians.
         grid (channels, size, size) uint8: see envs/socnav/grid.py.
 
-    Success is to come within the robot's radius + 1 m of the goal before the time limit without any contact; contact
-    terminates the episode and is failure, the time limit truncates it. Idealised: pedestrians and robot are discs,
-    perception is perfect and sees through walls and people, maps are rectangles.
+    An episode succeeds when the robot comes within its radius + 1 m of the goal without contact before the time limit.
+    Contact terminates the episode as a failure; the time limit truncates it. Idealizations: pedestrians and robot are
+    discs, perception is perfect and not occluded, maps are rectangles.
 
-    Metrics of an episode: scenario, pedestrian_collision, obstacle_collision, timeout (0 or 1), near_misses (steps with
-    less than 0.5 m of clearance to a pedestrian), force_exceed (times that a pedestrian felt more than 2 m/s^2),
-    comfort_exposure (the same as a share of all steps and pedestrians), jerk (mean |change of action|), path_efficiency
-    (length of the route / way driven, at most 1), time_to_goal (s; the whole limit where it was not reached), snqi.
+    Metrics of an episode: scenario; pedestrian_collision, obstacle_collision, timeout (0 or 1); near_misses (steps with
+    less than 0.5 m of clearance to a pedestrian); force_exceed (how often a force on a pedestrian exceeded 2 m/s^2);
+    comfort_exposure (the same as a fraction of all steps and pedestrians); jerk (mean |change of action|);
+    path_efficiency (length of the route / distance driven, at most 1); time_to_goal (s; the time limit if the goal is
+    not reached); snqi.
 
     Args:
-        training: False: every scenario as it was authored, in turn (episode i plays scenario i modulo their number),
-            rewarded with `simple`; True: scenarios at random, also mirrored, scaled, with boxes and gates beside the
-            way; the robot may start anywhere on its route, drive it the other way round and look off it, and up to four
-            more pedestrians cross its way or stand in it.
-        scenario: only this one.
-        robot: differential or bicycle; allow_backwards: whether it may; robot_radius: m.
-        training_margin: m by which the hull is larger in training, so that the policy learns to keep clear.
-        reward, reward_weights: name, and a JSON file {term: weight} that changes its weights; see metrics.TERMS.
+        training: False: the scenarios as designed, in turn (episode i is scenario i modulo their number), with the
+            reward `simple`. True: random scenarios, also mirrored, scaled and with additional boxes; the robot may
+            start anywhere on its route, in either direction and not aligned with it, and up to four more pedestrians
+            cross its route or stand on it.
+        scenario: use this scenario only.
+        robot: differential or bicycle.
+        robot_radius: m.
+        training_margin: m that are added to the robot's radius in training, so that the policy keeps clear.
+        reward: name of the training reward; see metrics.REWARDS.
+        reward_weights: JSON file {term: weight} that replaces its weights; see metrics.TERMS.
         snqi: JSON file with weights and baselines of the SNQI.
-        grid_resolution: m of a cell; grid_size: cells along each side; grid_channels: planes, separated by commas, of
-            obstacles, pedestrians, combined and near (obstacles, four times as fine).
-        pedestrians: False empties the maps; crowd_density: pedestrians per m^2, for all crowds.
-        peds_have_static_obstacle_forces, peds_have_robot_repulsion: two of the social forces.
-        device: cpu for numpy arrays, cuda for tensors on the GPU.
+        grid_resolution: size of a cell, m.
+        grid_size: cells per side.
+        grid_channels: names, separated by commas: obstacles, pedestrians, combined, near (obstacles, four times finer).
+        pedestrians: False removes all pedestrians.
+        crowd_density: pedestrians per m^2 of all crowds.
+        peds_have_static_obstacle_forces, peds_have_robot_repulsion: whether these social forces act.
+        device: cpu for NumPy arrays, cuda for tensors on the GPU.
+
+    Raises:
+        ValueError: an invalid argument or file.
     """
 
     metadata: ClassVar = {**BatchEnv.metadata, "render_fps": 10}
@@ -131,7 +138,6 @@ class SocNavGrid(BatchEnv):
         split: str = "train",
         scenario: str | None = None,
         robot: str = "differential",
-        allow_backwards: bool = False,
         robot_radius: float = 0.6,
         training_margin: float = 0.0,
         reward: str = "route_completion",
@@ -149,10 +155,13 @@ class SocNavGrid(BatchEnv):
     ):
         if multiprocessing.parent_process() is not None:  # such as a worker of gym.vector.AsyncVectorEnv
             torch.set_num_threads(1)  # a fork lacks the threads of its parent's OpenMP, and would wait for them forever
-        self.robot, self.radius = make_robot(robot, allow_backwards), robot_radius
+        self.robot, self.radius = make_robot(robot), robot_radius
         self.margin = training_margin if training else 0.0
         channels = tuple(grid_channels.split(","))
-        check(num_envs, channels, grid_size, grid_resolution, robot_radius, crowd_density, device)
+        if unknown := [name for name in channels if name not in CHANNELS]:
+            raise ValueError(f"grid_channels must be some of {', '.join(CHANNELS)}, not {unknown[0]!r}")
+        if grid_size < 2 or grid_size % 2 or not grid_resolution > 0:
+            raise ValueError(f"grid_size must be even and grid_resolution above 0, not {grid_size}, {grid_resolution}")
         self.on_gpu = torch.device(device).type != "cpu"
         low, high = (np.array(bound, np.float32) for bound in (self.robot.low, self.robot.high))
         super().__init__(
@@ -163,25 +172,23 @@ class SocNavGrid(BatchEnv):
         self.world = load_world(split, training, scenario, pedestrians, crowd_density, device)
         self.snqi = metrics.load_snqi(snqi)
         steps = float(self.world.limit.double().mean())
-        # The file with the weights is only read where they count: a policy can be played without it
-        self.weights = metrics.reward_weights(reward, reward_weights if training else None, self.snqi, steps)
-        if not training:
-            self.weights = metrics.REWARDS["simple"]
+        self.weights = metrics.REWARDS["simple"]
+        if training:  # evaluating a policy does not need the file
+            self.weights = metrics.reward_weights(reward, reward_weights, self.snqi, steps)
         forces = peds_have_static_obstacle_forces, peds_have_robot_repulsion
         self.crowd = Crowd(self.world, num_envs, robot_radius, *forces)
         self.grid = OccupancyGrid(self.world, num_envs, channels, grid_size, grid_resolution)
-        self.upcoming = np.arange(num_envs)  # the number of the row's next episode, with training=False
+        self.upcoming = np.arange(num_envs)  # index of each environment's next episode, if training=False
         self.pose, self.speed, self.action = (torch.zeros(k, num_envs, device=self.device) for k in (3, 2, 2))
         self.arc = torch.zeros(num_envs, device=self.device)  # m along the route
-        self.sums = torch.zeros(5, num_envs, device=self.device)  # near steps, forces, comfort, action change, way
+        self.sums = torch.zeros(5, num_envs, device=self.device)  # near misses, forces, comfort, |action change|, m
         self.scale = torch.tensor((high - low) / 2, device=self.device)[:, None]
         self.names = np.array(self.world.names)
         self._look_up()
-        self.drawing = Drawing(robot_radius + GOAL_RADIUS)
-        self.window: Window | None = None
+        self.drawing: Drawing | None = None
 
     def _out(self, x: Tensor) -> Array:
-        """A tensor as what the interface speaks: numpy arrays on the CPU, sharing memory."""
+        """On the CPU, a NumPy array that shares the tensor's memory."""
         return x.numpy() if self.device.type == "cpu" else x
 
     # Episodes
@@ -193,28 +200,28 @@ class SocNavGrid(BatchEnv):
     @torch.inference_mode()
     def reset(self, *, seed: int | list | None = None, options: dict | None = None) -> tuple[dict, dict]:
         if seed is not None:
-            seeds = seed_of_each(seed, self.num_envs)
-            rows = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
-            self.upcoming[rows] = np.array([np.ravel(s)[-1] for s in seeds])[rows]
+            seeds = env_seeds(seed, self.num_envs)
+            indices = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+            self.upcoming[indices] = np.array([np.ravel(s)[-1] for s in seeds])[indices]
         return super().reset(seed=seed, options=options)
 
-    def start(self, rows: Array) -> None:
-        rows = torch.as_tensor(rows, device=self.device)
+    def start(self, indices: Array) -> None:
+        indices = torch.as_tensor(indices, device=self.device)
         start, each = [], self.world.starts_each
-        for i in rows.tolist():
+        for i in indices.tolist():
             if self.training:
                 start.append(self.rngs[i].integers(len(self.names) * each))
             else:
                 start.append(self.upcoming[i] % len(self.names) * each + self.rngs[i].integers(each))
                 self.upcoming[i] += self.num_envs
         start = torch.as_tensor(np.array(start, np.int64), device=self.device)
-        self.crowd.begin(rows, start)
-        self.pose[:, rows] = self.world.pose[:, start]
-        self.speed[:, rows], self.action[:, rows], self.arc[rows], self.sums[:, rows] = 0, 0, 0, 0
+        self.crowd.begin(indices, start)
+        self.pose[:, indices] = self.world.pose[:, start]
+        self.speed[:, indices], self.action[:, indices], self.arc[indices], self.sums[:, indices] = 0, 0, 0, 0
         self._look_up()
 
     def _look_up(self) -> None:
-        """What only changes with the starts."""
+        """Update what depends on the starts only."""
         self.place = place_of(self.world, self.crowd.start)
         self.limit = self._out(self.place.limit)
 
@@ -229,7 +236,7 @@ class SocNavGrid(BatchEnv):
         return self._out(reward), self._out(done), measured
 
     def _move(self, action: Tensor) -> metrics.Step:
-        """Everybody's step, robots with an action (2, N) in [-1, 1], and what came of it."""
+        """Step pedestrians and robots; action (2, N) in [-1, 1]."""
         action = action.clamp(-1, 1)
         felt = self.crowd.step(self.pose)
         before, arc_before = self.pose.clone(), self.arc.clone()
@@ -256,12 +263,11 @@ class SocNavGrid(BatchEnv):
             share=felt / self.place.people.clamp(min=1),
             change=change,
             way=length(self.pose[:2] - before[:2]),
-            speed=self.speed[0],
             limit=self.place.limit,
         )
 
     def _arc(self) -> Tensor:
-        """The place on the route (N,), m from its beginning, that is nearest to the robot, near the last one."""
+        """Position along the route (N,), m: the point nearest to the robot within WINDOW of the last one."""
         here = self.place
         x = self.pose[:2, :, None] - here.waypoints[:, :, :-1]
         share = ((x * here.along).sum(0) / here.leg.square().clamp(min=1e-9)).clamp(0, 1)
@@ -270,14 +276,14 @@ class SocNavGrid(BatchEnv):
         return arc.gather(1, distance.argmin(1, keepdim=True)).squeeze(1)
 
     def _clearances(self) -> tuple[Tensor, Tensor]:
-        """m between the robot's hull and the nearest pedestrian's, and the nearest wall, (N,) each."""
+        """Distance (N,) of the robot's hull from the nearest pedestrian's and from the nearest obstacle, m."""
         distance = length(self.crowd.position - self.pose[:2, :, None]).amin(1)
         _, to_rectangle = from_rectangles(self.pose[:2], self.place.rectangles)
         hull = self.radius + self.margin
         return distance - hull - PEDESTRIAN_RADIUS, to_rectangle.amin(1) - hull
 
     def _measure(self, step: metrics.Step) -> dict[str, Array]:
-        """The metrics of episodes, as if every row's ended now."""
+        """The metrics of all episodes, as if they ended now."""
         steps, limit = torch.as_tensor(self.episode_length + 1, device=self.device), self.place.limit
         near, felt, comfort, change, way = self.sums
         shortest = self.place.arc[:, -1] - self.radius - GOAL_RADIUS
@@ -301,22 +307,22 @@ class SocNavGrid(BatchEnv):
         names = self.names[self.place.maps.cpu().numpy()]
         return {"scenario": names, **{name: self._out(x) for name, x in {**found, "snqi": snqi}.items()}}
 
-    # What the robot sees
+    # Observations
 
-    def observe(self, rows: Array) -> dict[str, Array]:
-        rows = torch.as_tensor(rows, device=self.device)
-        everywhere = len(rows) == self.num_envs
-        here = self.place if everywhere else place_of(self.world, self.crowd.start[rows])
-        pose = self.pose[:, rows]
+    def observe(self, indices: Array) -> dict[str, Array]:
+        indices = torch.as_tensor(indices, device=self.device)
+        everywhere = len(indices) == self.num_envs
+        here = self.place if everywhere else place_of(self.world, self.crowd.start[indices])
+        pose = self.pose[:, indices]
         cos, sin = torch.cos(-pose[2]), torch.sin(-pose[2])  # from the world's frame to the robot's
-        speed = self.speed[:, rows]
-        robot = [speed[0] / self.robot.max_speed, speed[1] / self.robot.max_turn_rate, *self.action[:, rows]]
+        speed = self.speed[:, indices]
+        robot = [speed[0] / self.robot.max_speed, speed[1] / self.robot.max_turn_rate, *self.action[:, indices]]
 
-        points, remaining = self._points(pose, here, self.arc[rows])
+        points, remaining = self._points(pose, here, self.arc[indices])
         points = limited(rotate(points, cos[:, None], sin[:, None]), GOAL_RANGE)  # (2, n, 3)
         goal = torch.cat([points.permute(1, 2, 0).flatten(1), remaining[:, None]], dim=1)
 
-        motion = self.crowd.motion[:, rows]
+        motion = self.crowd.motion[:, indices]
         both = torch.stack([motion[:2] - pose[:2, :, None], motion[2:]], dim=1)
         position, velocity = rotate(both, cos[:, None], sin[:, None]).unbind(1)
         order = position.square().sum(0).argsort(dim=1)[:, :NEAREST]
@@ -324,7 +330,7 @@ class SocNavGrid(BatchEnv):
         count = here.people.clamp(max=NEAREST)
         people = people.gather(1, order[..., None].expand(-1, -1, 4))
         present = torch.arange(order.shape[1], device=self.device) < count[:, None]
-        pedestrians = torch.zeros(len(rows), NEAREST, 4, device=self.device)
+        pedestrians = torch.zeros(len(indices), NEAREST, 4, device=self.device)
         pedestrians[:, : order.shape[1]] = people * present[..., None]
 
         return {
@@ -336,7 +342,8 @@ class SocNavGrid(BatchEnv):
         }
 
     def _points(self, pose: Tensor, here: Place, arc: Tensor) -> tuple[Tensor, Tensor]:
-        """From the robots to the current waypoint, the next, the point 3 m ahead (2, n, 3); what is left to drive."""
+        """Vectors from the robots to the current waypoint, the next one and the point 3 m ahead (2, n, 3), and the
+        remaining route (n,), scaled."""
         last, end = here.leg.shape[1], here.arc[:, -1]
         passed = (here.arc[:, 1:] <= arc[:, None] + self.radius + GOAL_RADIUS).sum(1) + 1
         current = torch.stack([passed, passed + 1], dim=1).clamp(max=last)
@@ -347,9 +354,9 @@ class SocNavGrid(BatchEnv):
         leg = leg.expand(2, -1, -1)
         point = here.waypoints.gather(2, leg) + share.clamp(0, 1) * here.along.gather(2, leg)
         points = torch.cat([seen, point], dim=2) - pose[:2, :, None]
-        return points, ((end - arc) / REMAINING).clamp(0, 1)
+        return points, ((end - arc) / REMAINING_RANGE).clamp(0, 1)
 
-    # Snapshots and pictures
+    # Snapshots and rendering
 
     def state(self) -> dict[str, Array]:
         crowd = self.crowd
@@ -371,18 +378,14 @@ class SocNavGrid(BatchEnv):
         return self.observe(np.arange(self.num_envs))
 
     def render(self) -> np.ndarray | None:
-        """Row 0 from above, uint8 (520, 900, 3), with the trails of what was drawn before; None in human mode, where a
-        window shows it."""
-        frame = self.drawing(self)
-        if self.render_mode != "human":
-            return frame
-        self.window = self.window or Window("SocNavGrid-v0")
-        self.window.show(frame)
-        return None
+        """Environment 0 from above with the trails since the first call, uint8 (520, 900, 3); None in human mode, which
+        opens a window."""
+        self.drawing = self.drawing or Drawing(self.render_mode, self.radius + GOAL_RADIUS)
+        return self.drawing.draw(self)
 
     def close_extras(self, **kwargs: Any) -> None:
-        if self.window is not None:
-            self.window.close()
+        if self.drawing is not None:
+            self.drawing.renderer.close()
 
 
 def observation_space(channels: tuple[str, ...], size: int) -> gym.spaces.Dict:
@@ -396,34 +399,6 @@ def observation_space(channels: tuple[str, ...], size: int) -> gym.spaces.Dict:
             "grid": box(0, 1, (len(channels), size, size), np.uint8),
         }
     )
-
-
-def check(
-    num_envs: int, channels: tuple[str, ...], size: int, resolution: float, radius: float, density: float | None,
-    device: str,
-) -> None:  # fmt: skip
-    """Raises ValueError for arguments that cannot work."""
-    for name in channels:
-        if name not in CHANNELS:
-            raise ValueError(f"grid_channels must be some of {', '.join(CHANNELS)}, not {name!r}")
-    if size < 2 or size % 2:
-        raise ValueError(f"grid_size must be even and at least 2, not {size}")
-    if not resolution > 0:
-        raise ValueError(f"grid_resolution must be above 0 m, not {resolution}")
-    rows = max(num_envs, EVALUATED)
-    if (needed := rows * len(channels) * size**2 * 4) > LARGEST_GRID:
-        asked = f"{rows} grids of {size} x {size} cells take {needed / 2**30:.1f} GiB in each step"
-        raise ValueError(f"{asked}; choose a smaller grid_size or fewer environments")
-    if not 0 < radius <= 2:
-        raise ValueError(f"robot_radius must be above 0 and at most 2 m, not {radius}")
-    if density is not None and not 0 < density <= 0.5:
-        raise ValueError(
-            f"crowd_density must be above 0 and at most 0.5, not {density}; pedestrians False empties a map"
-        )
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu or cuda, not {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: PyTorch finds no GPU here; use device cpu")
 
 
 class SocNavGridEnv(SingleEnv):

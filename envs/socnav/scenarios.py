@@ -1,8 +1,7 @@
-"""The scenario matrix: what it holds, its mirrored and scaled variants, and the starts that episodes begin from.
+"""The scenarios, and their mirrored, scaled and cluttered variants.
 
 A scenario is a map of axis-aligned rectangles, a route for the robot, and pedestrians: crowds along a route or in a
-zone, and single ones with a path and a role. They stand in assets/socnav_scenarios.json; units are m and s, x to the
-right, y up.
+zone, and single ones with a path and a role. The file is assets/socnav_scenarios.json, in m and s, x right, y up.
 """
 
 import functools
@@ -17,8 +16,8 @@ import numpy as np
 
 FILE = Path(__file__).parents[1] / "assets" / "socnav_scenarios.json"
 NOMINAL_SPEED = 0.5  # m/s of a pedestrian
-LANE = 3.0  # m, the width that a route's density counts
-GATES, CLUTTER = 4, 6  # boxes of gates, and of all, at most, beside the way of a cluttered scenario
+LANE = 3.0  # m, width of a route, for its density
+GATES, CLUTTER = 4, 6  # largest numbers of gate boxes and of all boxes in a cluttered scenario
 TRAINING_VARIANTS = [(mirror, scale) for scale in (1.0, 0.85, 1.15) for mirror in (False, True)]
 VALIDATION_VARIANTS = [(True, 0.92), (False, 1.25), (True, 1.08)]  # of every third training scenario in turn
 
@@ -28,13 +27,13 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Stream:
-    """A crowd: along a route that it walks again and again, or between random points of a zone."""
+    """A crowd that walks along a route again and again, or between random points of a zone."""
 
     density: float  # pedestrians per m^2
     route: tuple[Point, ...] = ()
-    start: Box | None = None  # where those of a route come back
+    start: Box | None = None  # where pedestrians of a route reappear
     zone: Box | None = None
-    spread: bool = False  # evenly along the route and alone, instead of in groups
+    spread: bool = False  # evenly spaced single pedestrians instead of groups
 
     @property
     def count(self) -> int:
@@ -51,7 +50,7 @@ class Single:
     """One pedestrian, from path[0] along the rest of its path."""
 
     path: tuple[Point, ...]
-    speed: float = NOMINAL_SPEED  # nominal; the desired one is 1.3 times as fast
+    speed: float = NOMINAL_SPEED  # nominal; the desired speed is 1.3 times this
     wait: tuple[tuple[int, float], ...] = ()  # (index of a waypoint, seconds there)
     delay: float = 0.0  # s before it starts
     role: str | None = None
@@ -69,7 +68,7 @@ class Scenario:
     goal: Box
     via: tuple[Point, ...] = ()
     obstacles: tuple[Box, ...] = ()
-    border: float = 1.0  # thickness of the wall all round, inside the size
+    border: float = 1.0  # thickness of the surrounding wall, m
     crowds: tuple[Stream, ...] = ()
     pedestrians: tuple[Single, ...] = ()
 
@@ -78,7 +77,7 @@ class Scenario:
         return len(self.pedestrians) + sum(crowd.count for crowd in self.crowds)
 
     def rectangles(self) -> np.ndarray:
-        """All that is solid, (R, 4): the four walls of the border and the obstacles."""
+        """Walls and obstacles (R, 4)."""
         (w, h), b = self.size, self.border
         walls = [(0, 0, w, b), (0, h - b, w, h), (0, 0, b, h), (w - b, 0, w, h)]
         return np.array([*walls, *self.obstacles], float)
@@ -107,7 +106,7 @@ def load_scenarios() -> dict[str, Scenario]:
 
 
 def variant(scenario: Scenario, mirror: bool, scale: float) -> Scenario:
-    """The scenario mirrored (y -> -y) and with all its lengths scaled, its crowds as large as they were."""
+    """The scenario mirrored (y -> -y) and scaled, with as many pedestrians."""
     height = scenario.size[1]
 
     def point(p: Point) -> Point:
@@ -158,7 +157,7 @@ def robot_ways(scenario: Scenario) -> np.ndarray:
 
 
 def blocks_nobody(scenario: Scenario) -> Callable[[np.ndarray], bool]:
-    """The test of whether a box (4,) leaves everybody's way, zone, start and goal free, and lies inside the map."""
+    """A function that tells whether a box (4,) is inside the map and leaves all routes, zones, start and goal free."""
     driven = robot_ways(scenario)
     paths = [*(c.route for c in scenario.crowds), *(p.path for p in scenario.pedestrians)]
     walked = np.concatenate([dense(path) for path in paths if path] or [np.full((1, 2), np.inf)])
@@ -174,7 +173,7 @@ def blocks_nobody(scenario: Scenario) -> Callable[[np.ndarray], bool]:
 
 
 def gate(ahead: np.ndarray, place: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """Two boxes, left and right of a place (2,) where the way goes `ahead` (2,), 2 to 2.8 m apart."""
+    """Two boxes 2 to 2.8 m apart, left and right of a point (2,) of a route with direction `ahead` (2,)."""
     along = ahead / max(np.hypot(*ahead), 1e-6)
     across, half = np.array([-along[1], along[0]]), rng.uniform(0.3, 1.2, 2)
     apart = rng.uniform(1.0, 1.4) + np.abs(across) @ half
@@ -182,7 +181,7 @@ def gate(ahead: np.ndarray, place: np.ndarray, rng: np.random.Generator) -> list
 
 
 def cluttered(scenario: Scenario, rng: np.random.Generator) -> Scenario:
-    """The scenario with boxes beside the robot's way: up to two gates, and single ones; they block nobody."""
+    """The scenario with boxes near the route: up to two gates and single boxes that block no route."""
     fits, ways, boxes = blocks_nobody(scenario), robot_ways(scenario), []
     middle = dense([np.mean(corners(scenario.start), 0), *scenario.via, np.mean(corners(scenario.goal), 0)])
     for _ in range(40):
@@ -199,7 +198,7 @@ def cluttered(scenario: Scenario, rng: np.random.Generator) -> Scenario:
 
 
 def around(centre: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """The box (4,) with this centre, half as wide and high as these (2,)."""
+    """The box (4,) with this center (2,) and half size (2,)."""
     return np.concatenate([centre - half, centre + half])
 
 
@@ -225,8 +224,8 @@ def overlap(a: Box, b: Box) -> bool:
 def choose(split: str, training: bool, scenario: str | None) -> list[Scenario]:
     """The scenarios of a split, or the one of that name.
 
-    Training adds mirrored and scaled variants of its own; validation are archetypes of its own, and variants of the
-    training scenarios that training does not have.
+    Training adds mirrored, scaled and cluttered variants. Validation has its own scenarios and other variants of
+    the training scenarios.
 
     Raises:
         ValueError: there is no such scenario, or it is kept for the test split.

@@ -1,7 +1,7 @@
-"""Where episodes begin, drawn beforehand: an episode picks a start, and from there on nothing in it is random.
+"""Start states of episodes. They are drawn once; an episode selects one and is deterministic from there.
 
-Each scenario has a number of starts: the robot's place and goal, and each pedestrian's place, path and company. `World`
-holds them all as tensors, one row a start, so that beginning an episode is copying a row.
+Each scenario has a number of starts: pose and goal of the robot, and position, path and group of each pedestrian.
+`World` holds them as tensors.
 """
 
 import zlib
@@ -15,25 +15,25 @@ from torch import Tensor
 from envs.socnav.dynamics import PEDESTRIAN_RADIUS
 from envs.socnav.scenarios import NOMINAL_SPEED, Box, Point, Scenario, Single, Stream
 
-SPEED_CAP = 1.3  # times the nominal speed is what a pedestrian wants to walk, and can
-GROUP_SIZES = np.array([1.0, 0.3, 0.09]) / 1.39  # how often one, two and three walk together
-SPREAD = 0.75  # m, standard deviation of the members of a group around its anchor, cut off at twice as much
-TURNED = 0.6  # rad, how far a robot in training may look away from its route at the start
-PASSERS_BY = (0.4, 0.2, 0.2, 0.1, 0.1)  # how often there are 0, 1, ... more pedestrians in training
-STANDING = 0.3  # how many of those stand in the way
-PASSING = 1.9  # m from the walls, so that a robot can pass them
+SPEED_CAP = 1.3  # desired and maximum speed, relative to the nominal speed
+GROUP_SIZES = np.array([1.0, 0.3, 0.09]) / 1.39  # probabilities of groups of one, two and three
+SPREAD = 0.75  # m, standard deviation of a group around its anchor, truncated at two
+TURNED = 0.6  # rad, largest angle between robot and route at the start, in training
+PASSERS_BY = (0.4, 0.2, 0.2, 0.1, 0.1)  # probabilities of 0, 1, ... additional pedestrians in training
+STANDING = 0.3  # fraction of them that stand on the route
+PASSING = 1.9  # m from the walls, so that the robot can pass
 ROOM = 2.5  # m between the robot and a pedestrian of a crowd at the start
-LAPS = 8  # points that a pedestrian in a zone walks to in turn
-GROUP_ARRIVES, SINGLE_ARRIVES = 1.0, 0.2  # m from a waypoint where the next one's turn has come
-STOP, RESPAWN, LOOP = range(3)  # what a pedestrian does at the end of its path
+LAPS = 8  # waypoints of a pedestrian in a zone
+GROUP_ARRIVES, SINGLE_ARRIVES = 1.0, 0.2  # m; distance at which a waypoint counts as reached
+STOP, RESPAWN, LOOP = range(3)  # at the end of a path
 ROLES = (None, "wait", "follow", "lead", "accompany", "join", "leave")
-FAR = 1e4  # m, where the rectangles and the pedestrians are that a map lacks
-# m, cells of the rasters that occupancy grids are read from: a coarse one stays in the processor's cache
+FAR = 1e4  # m, position of unused rectangles and pedestrians
+# Cell sizes (m) of the rasters from which occupancy grids are read; the coarse one fits into the CPU cache
 COARSE, FINE = 0.25, 0.1
 
 
 class Start:
-    """One start of a scenario: where everybody is and will walk, drawn from rng; lists of one entry a pedestrian."""
+    """One start of a scenario, drawn from rng. Lists have one entry per pedestrian."""
 
     def __init__(self, scenario: Scenario, rng: np.random.Generator, pedestrians: bool, varied: bool):
         self.rng, self.size = rng, scenario.size
@@ -58,7 +58,7 @@ class Start:
             self._passers_by()
 
     def _vary(self, scenario: Scenario) -> None:
-        """For training: the other way round, or from somewhere on the way, and not looking along it."""
+        """For training: reverse the route, start anywhere on it, and turn the robot."""
         self.turn = self.rng.uniform(-TURNED, TURNED)
         route = self.route[::-1] if self.rng.random() < 0.5 else self.route
         begin, passed = on_route(route, self.rng.choice([0, self.rng.uniform(0, 0.7)]))
@@ -68,7 +68,7 @@ class Start:
             self.route = np.vstack([begin, route[passed + 1 :]])
 
     def _passers_by(self) -> None:
-        """For training: some more pedestrians, who cross the robot's route or stand in its way."""
+        """For training: add pedestrians that cross the robot's route or stand on it."""
         for _ in range(self.rng.choice(len(PASSERS_BY), p=PASSERS_BY)):
             appear = self._stand if self.rng.random() < STANDING else self._cross
             for _ in range(20):
@@ -76,7 +76,7 @@ class Start:
                     break
 
     def _cross(self) -> bool:
-        """Add one who walks straight across the route; False where there is no room."""
+        """Add a pedestrian that crosses the route. Returns False if there is no room."""
         meeting, _ = on_route(self.route, self.rng.uniform(0.1, 1))
         angle, before, after = self.rng.uniform(0, 2 * np.pi), self.rng.uniform(1, 10), self.rng.uniform(2, 10)
         along = np.array([np.cos(angle), np.sin(angle)])
@@ -87,7 +87,7 @@ class Start:
         return True
 
     def _stand(self) -> bool:
-        """Add one who stands on the route or beside it, where the robot can pass."""
+        """Add a pedestrian that stands near the route, where the robot can pass. Returns False if there is no room."""
         place = on_route(self.route, self.rng.uniform(0.2, 0.9))[0] + self.rng.normal(0, 0.7, 2)
         if not self.free(place) or self.off_walls(place[None]) < PASSING:
             return False
@@ -95,7 +95,7 @@ class Start:
         return True
 
     def off_walls(self, places: np.ndarray) -> float:
-        """How near any of some places (n, 2) is to a wall, m."""
+        """Smallest distance of any of these points (n, 2) from a wall, m."""
         low, high = self.walls
         places = places.T[:, None]  # (2, 1, n)
         x, y = np.maximum(np.maximum(low - places, places - high), 0)
@@ -135,7 +135,7 @@ class Start:
                 self._add(self._near(anchor, size == 1, self.free), path, leader, respawn=again, **how)
 
     def _near(self, anchor: np.ndarray, alone: bool, free: Callable[[np.ndarray], bool]) -> np.ndarray:
-        """A free place near the anchor of a group; after 50 attempts somewhere farther away."""
+        """A free position near the anchor of a group; every 50 attempts the search radius grows."""
         for attempt in range(200):
             wide = 0.0 if alone and attempt == 0 else SPREAD * (1 + attempt // 50)
             place = anchor + np.clip(self.rng.normal(0, 1, 2), -2, 2) * wide
@@ -144,7 +144,7 @@ class Start:
         raise ValueError(f"no room for a pedestrian near {anchor.round(1).tolist()}: the crowd is too dense")
 
     def free(self, place: np.ndarray) -> bool:
-        """Whether a pedestrian can stand there: off walls, off others, and not beside the robot."""
+        """Whether a pedestrian can stand there: away from walls, other pedestrians and the robot."""
         (x, y), (width, height), (robot_x, robot_y) = place.tolist(), self.size, self.route[0]
         if not (0 <= x <= width and 0 <= y <= height) or np.hypot(x - robot_x, y - robot_y) < ROOM:
             return False
@@ -169,7 +169,7 @@ class Start:
         )  # fmt: skip
 
     def _send_to_their_group(self) -> None:
-        """Those who join walk to the middle of the others."""
+        """Pedestrians with the role join walk to the center of their group."""
         for i, role in enumerate(self.role):
             if role == "join":
                 others = [p for k, p in enumerate(self.position) if self.group[k] == self.group[i] and self.member[k]]
@@ -183,7 +183,7 @@ def inside(box: Box, rng: np.random.Generator) -> np.ndarray:
 
 
 def on_route(route: np.ndarray, share: float) -> tuple[np.ndarray, int]:
-    """The point at a share of the way, and how many waypoints after the first lie behind it."""
+    """The point at a fraction of the route, and how many waypoints after the first are behind it."""
     along = route[1:] - route[:-1]
     steps = np.hypot(along[:, 0], along[:, 1])
     end = np.cumsum(steps)
@@ -194,10 +194,10 @@ def on_route(route: np.ndarray, share: float) -> tuple[np.ndarray, int]:
 
 
 class Raster(NamedTuple):
-    """Which cells of M maps are solid at their centre; what lies outside a map is read from its rim, which is wall."""
+    """Cells of M maps whose center is in an obstacle. Positions outside a map read its rim, which is wall."""
 
     cell: float  # m
-    solid: Tensor  # uint8, flat: the maps one after the other, each rows x columns
+    solid: Tensor  # uint8, flat: all maps, each rows x columns
     begin: Tensor  # (M,) int32, where each map begins
     shape: Tensor  # (2, M) int32, its rows, along y, and its columns, along x
 
@@ -229,9 +229,9 @@ class World:
     route, R rectangles.
 
     Attributes:
-        names: of the M scenarios; starts_each: start k of scenario m is row m * starts_each + k.
+        names: of the M scenarios; starts_each: start k of scenario m has index m * starts_each + k.
         rectangles (4, M, R), size (2, M), coarse and fine (rasters): the maps.
-        map, limit (S,), pose (3, S): what each start is on, its time limit in steps, where the robot begins.
+        map, limit (S,), pose (3, S): the map of each start, its time limit in steps, the robot's pose.
         waypoints (2, S, K + 1), along (2, S, K), leg_length (S, K), arc (S, K + 1): the routes, m.
         pedestrians: {name: (S, P, ...)}, vectors component-first; count (S,).
     """
@@ -273,7 +273,7 @@ class World:
 
     def _routes(self, starts: list[Start], tensor: Any, components_first: Any) -> None:
         routes = [s.route for s in starts]
-        most = max(len(r) for r in routes)  # shorter ones stay at their goal for legs of length zero
+        most = max(len(r) for r in routes)  # shorter ones get legs of length zero at the goal
         routes = np.array([np.vstack([r, np.repeat(r[-1:], most - len(r), 0)]) for r in routes])
         along = np.diff(routes, axis=1)
         steps = np.hypot(along[..., 0], along[..., 1])
