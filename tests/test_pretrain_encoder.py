@@ -13,7 +13,7 @@ from envs.ballbot_depth import FrozenEncoder, load_encoder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import pretrain_encoder
-from pretrain_encoder import Args, Autoencoder, collect, rmse, train
+from pretrain_encoder import Args, collect, rmse, train
 
 SCRIPT = pretrain_encoder
 
@@ -71,31 +71,18 @@ def test_it_learns_to_draw_and_early_stopping_keeps_the_best(tmp_path, monkeypat
     assert error == rmse(best, blobs(256, 1))
 
 
-def test_the_error_is_the_root_of_the_mean_square():
-    class Half(torch.nn.Module):
-        def forward(self, image):
-            return image / 2
-
-    images = torch.tensor([0.2, 0.4]).reshape(2, 1, 1, 1)
-    assert rmse(Half(), images) == pytest.approx(((0.1**2 + 0.2**2) / 2) ** 0.5)
-
-
-@pytest.mark.parametrize("size", [4, 16, 32])
-def test_the_decoder_mirrors_the_encoder(size):
-    autoencoder, image = Autoencoder(size), torch.rand(3, 1, size, size)
-    assert autoencoder(image).shape == image.shape
-    assert autoencoder.encoder(image).shape == (3, 20)
-
-
-def test_a_last_batch_of_one_image_is_left_out(tmp_path):
-    with SummaryWriter(tmp_path) as writer:
-        assert train(Args(epochs=1, batch_size=8), blobs(17), blobs(4, 1), writer)[1] > 0
-
-
-def test_from_the_command_line_to_the_environment(command, tmp_path):
+def test_from_the_command_line_to_the_environment(command, refused, tmp_path, monkeypatch):
     path = tmp_path / "encoder.pt"
-    status, _ = command(f"--output {path} --frames 400 --num-envs 5 --epochs 2 --depth-size 8 --threads 1")
-    assert status == 0
+    line = f"--output {path} --data-dir {tmp_path} --frames 400 --num-envs 5 --epochs 2 --threads 1"
+    assert command(f"{line} --depth-size 8")[0] == 0
+    first = load_encoder(str(path))
+    # The second run trains from the images of the first
+    monkeypatch.setattr(pretrain_encoder, "collect", None)
+    assert command(f"{line} --depth-size 8 --keep-checkpoints")[0] == 0
+    torch.testing.assert_close(load_encoder(str(path))["encoder"], first["encoder"], rtol=0, atol=0)
+    assert [file.name for file in sorted((tmp_path / "encoder").glob("*.pt"))] == ["epoch_001.pt", "epoch_002.pt"]
+    refused(f"{line} --depth-size 16", "depth_size is 8, not 16; change --depth-size")
+    refused("--output encoder", "must be a file that ends in .pt")
     content = load_encoder(str(path))
     assert content["frames"] == 400
     assert list((tmp_path / "encoder").glob("events.*"))
@@ -103,21 +90,3 @@ def test_from_the_command_line_to_the_environment(command, tmp_path):
     pixels, _ = BallbotDepth(2, depth_size=8).reset(seed=1)
     codes = FrozenEncoder(str(path), 8)(pixels[:, 16:].reshape(2, 2, 8, 8))
     np.testing.assert_array_equal(obs[:, 16:], codes)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--frames 0", "--frames must be at least 1, not 0"),
-        ("--batch-size 1", "--batch-size must be at least 2"),
-        ("--learning-rate 0", "--learning-rate must be above 0"),
-        ("--output encoder", "must be a file that ends in .pt"),
-        ("--num-envs 4", "--num-envs must be at least 5"),
-        ("--depth-size 10", "--depth-size must be a multiple of 4, not 10"),
-        ("--policy nobody", "must be random, pid, pid-drive or PATH.onnx, not nobody"),
-        ("--policy missing.onnx", "missing.onnx"),
-    ],
-)
-def test_mistakes_are_explained_in_one_line(flags, message, refused, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refused(f"--output encoder.pt {flags}", message)
