@@ -1,18 +1,15 @@
-import warnings
 from typing import Literal
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import envs
-from envs import UserError, matches, run
+from envs import UserError, run
 from envs.batch_env import SPLITS, BatchEnv, GymVec, SingleEnv
-from envs.cli import Steps
 from envs.evaluation import rollout, selection_key
 
 LIMIT = 6
@@ -142,54 +139,11 @@ def test_a_finished_row_begins_anew_in_the_same_step(device):
     assert (ended >= [6, 4, 4]).all()
 
 
-def test_arrays_are_of_the_kind_asked_for(device):
-    vec = Toy(2, device=device, limit=1)
-    kind = np.ndarray if device is None else torch.Tensor
-    obs, reward, terminated, truncated, info = (vec.reset(seed=0), vec.step(actions(vec, 0)))[1]
-    given = (obs, reward, terminated, truncated, info["final_obs"], info["episode"]["r"], info["_episode"])
-    assert all(isinstance(x, kind) for x in given)
-
-
-def test_what_a_step_returned_does_not_change_later(device):
-    vec = Toy(3, device=device)
-    vec.reset(seed=0)
-    live = [vec.step(actions(vec, PUSH)) for _ in range(LIMIT)]
-    before = [[plain(x) for x in step] for step in live]
-    play(vec, PUSH, 2 * LIMIT)
-    assert_equal([[plain(x) for x in step] for step in live], before)
-
-
-def test_an_episode_that_arrives_at_the_time_limit_is_terminated(device):
-    vec = Toy(2, device=device, limit=1)
-    vec.reset(seed=0)
-    vec.point[:] = vec.array([2.0, 0.0])
-    _, _, terminated, truncated, info = vec.step(actions(vec, 1))
-    np.testing.assert_array_equal(terminated, [True, False])
-    np.testing.assert_array_equal(truncated, [False, True])
-    np.testing.assert_array_equal(info["_episode"], [True, True])
-
-
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_torch_equals_numpy(as_dict):
     one, two = (Toy(3, as_dict=as_dict, device=device) for device in (None, "cpu"))
     assert_equal(plain(one.reset(seed=3)[0]), plain(two.reset(seed=3)[0]))
     assert_equal(play(one, PUSH, 20), play(two, PUSH, 20))
-
-
-def test_dict_observations():
-    flat, nested = Toy(3), Toy(3, as_dict=True)
-    np.testing.assert_array_equal(flat.reset(seed=0)[0], nested.reset(seed=0)[0]["point"])
-    for _ in range(3 * LIMIT):
-        obs, reward, *_, info = flat.step(actions(flat, PUSH))
-        nested_obs, nested_reward, terminated, truncated, nested_info = nested.step(actions(nested, PUSH))
-        assert nested.observation_space.contains(nested_obs)
-        np.testing.assert_array_equal(obs, nested_obs["point"])
-        np.testing.assert_array_equal(reward, nested_reward)
-        done = terminated | truncated
-        np.testing.assert_array_equal(nested_obs["clock"][done], 0)
-        if done.any():
-            np.testing.assert_array_equal(info["final_obs"], nested_info["final_obs"]["point"])
-            np.testing.assert_array_equal(nested_info["final_obs"]["clock"][done, 0], info["episode"]["l"][done])
 
 
 def test_seeds():
@@ -222,26 +176,6 @@ def test_splits_never_share_a_draw():
     assert len(set(starts)) == 3 * 3 * 20
 
 
-def test_reset_mask_leaves_the_other_rows_alone(device):
-    vec, untouched = Toy(3, device=device, limit=50), Toy(3, device=device, limit=50)
-    for v in (vec, untouched):
-        v.reset(seed=0)
-        play(v, 0.1, 3)
-    mask = np.array([False, True, False])
-    obs, _ = vec.reset(seed=4, options={"reset_mask": mask})
-    fresh = Toy(3, device=device, limit=50)
-    fresh_obs = plain(fresh.reset(seed=4)[0])
-    np.testing.assert_array_equal(obs, np.where(mask[:, None], fresh_obs, plain(untouched.observe(np.arange(3)))))
-    np.testing.assert_array_equal(vec.episode_length, [3, 0, 3])
-    for _ in range(12):
-        (obs, reward, *_), (fresh_obs, fresh_reward, *_), (old_obs, old_reward, *_) = (
-            v.step(actions(v, 0.1)) for v in (vec, fresh, untouched)
-        )
-        np.testing.assert_array_equal(reward, np.where(mask, fresh_reward, old_reward))
-        np.testing.assert_array_equal(obs, np.where(mask[:, None], fresh_obs, old_obs))
-    np.testing.assert_array_equal(vec.episode_return, np.where(mask, fresh.episode_return, untouched.episode_return))
-
-
 def test_stepping_continues_bit_for_bit_from_a_snapshot(device, tmp_path):
     vec = Toy(3, device=device)
     vec.reset(seed=1)
@@ -253,26 +187,6 @@ def test_stepping_continues_bit_for_bit_from_a_snapshot(device, tmp_path):
     for other, state in ((vec, snapshot), (fresh, torch.load(tmp_path / "state.pt", weights_only=True))):
         other.load_state_dict(state)
         assert_equal(play(other, PUSH, 20), expected)
-
-
-def test_a_snapshot_of_another_number_of_environments_is_refused():
-    vec = Toy(3)
-    vec.reset(seed=1)
-    with pytest.raises(UserError, match=r"the shape of point in the checkpoint is \(3,\), not \(2,\)"):
-        Toy(2).load_state_dict(vec.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_envs": 0}, "num_envs must be at least 1, not 0"),
-        ({"split": "eval"}, "split must be one of train, validation, test, not 'eval'"),
-        ({"render_mode": "ascii"}, "render_mode must be one of rgb_array, human, not 'ascii'"),
-    ],
-)
-def test_impossible_arguments_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Toy(**arguments)
 
 
 # SingleEnv
@@ -301,31 +215,6 @@ def test_a_single_environment_is_a_row_of_a_batch(as_dict):
                 own[i] = single.reset()[0]  # takes the episode that the batch began, as the row of the batch does
             else:
                 assert own_info == {}
-
-
-def test_seeds_of_a_single_environment():
-    single, vec = ToyEnv(), Toy(1)
-    np.testing.assert_array_equal(single.reset(seed=3)[0], vec.reset(seed=3)[0][0])
-    np.testing.assert_array_equal(single.reset(seed=[8, 2])[0], vec.reset(seed=[[8, 2]])[0][0])
-    single.step(np.zeros(1, np.float32))
-    vec.step(np.zeros((1, 1), np.float32))
-    np.testing.assert_array_equal(single.reset()[0], vec.reset()[0][0])  # in the middle of an episode
-    for _ in range(LIMIT):
-        single.step(np.zeros(1, np.float32))
-        vec.step(np.zeros((1, 1), np.float32))
-    single.reset()  # takes the episode that has begun, but only once
-    np.testing.assert_array_equal(single.reset()[0], vec.reset()[0][0])
-    for _ in range(LIMIT):
-        single.step(np.zeros(1, np.float32))
-    np.testing.assert_array_equal(single.reset(seed=3)[0], vec.reset(seed=3)[0][0])  # a seed outdoes the next episode
-    assert single.batch.episode_length[0] == 0
-
-
-@pytest.mark.parametrize("as_dict", [False, True])
-def test_gymnasium_finds_nothing_to_complain_about(as_dict):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_env(ToyEnv(as_dict=as_dict), skip_render_check=True)
 
 
 # Gymnasium's own environments
@@ -370,43 +259,6 @@ def test_gym_vec_has_the_shape_of_a_batch_env():
         vec.close()
 
 
-def test_gym_vec_resets_only_the_rows_of_the_mask():
-    vec = GymVec("Pendulum-v1", 3, max_episode_steps=7)
-    vec.reset(seed=0)
-    obs, *_ = vec.step(np.zeros((3, 1), np.float32))
-    mask = np.array([True, False, True])
-    new, _ = vec.reset(seed=5, options={"reset_mask": mask})
-    fresh, _ = GymVec("Pendulum-v1", 3).reset(seed=5)
-    np.testing.assert_array_equal(new, np.where(mask[:, None], fresh, obs))
-    np.testing.assert_array_equal(vec.episode_length, [0, 1, 0])
-    for _ in range(6):
-        *_, truncated, info = vec.step(np.zeros((3, 1), np.float32))
-    np.testing.assert_array_equal(truncated, [False, True, False])
-    assert info["episode"]["l"][1] == 7
-
-
-def test_gym_vec_looks_like_gymnasiums_own(monkeypatch):
-    vec = GymVec("Pendulum-v1", 3, render_mode="rgb_array")
-    own = gym.vector.SyncVectorEnv([lambda: gym.make("Pendulum-v1", render_mode="rgb_array")] * 3)
-    for name in ("num_envs", "observation_space", "action_space", "single_observation_space", "single_action_space"):
-        assert getattr(vec, name) == getattr(own, name)
-    assert vec.render_mode == "rgb_array"
-    assert vec.metadata["render_fps"] == own.metadata["render_fps"]
-    monkeypatch.setattr(vec.envs[0], "render", lambda: "row 0")
-    assert vec.render() == "row 0"
-    vec.close()
-    assert vec.closed
-
-
-def test_what_a_step_of_gym_vec_returned_does_not_change_later():
-    vec = GymVec("Pendulum-v1", 2, max_episode_steps=3)
-    live = [vec.reset(seed=0)[0], *(x for _ in range(3) for x in vec.step(np.ones((2, 1), np.float32)))]
-    before = [plain(x) for x in live]
-    for _ in range(4):
-        vec.step(np.ones((2, 1), np.float32))
-    assert_equal([plain(x) for x in live], before)
-
-
 def test_gym_vec_resumes_with_episodes_not_played_before():
     vec, resumed = GymVec("Pendulum-v1", 2), GymVec("Pendulum-v1", 2)
     first, _ = vec.reset(seed=5)
@@ -422,32 +274,17 @@ def test_gym_vec_resumes_with_episodes_not_played_before():
 # make_vec
 
 
-def test_make_vec_resets_when_given_a_seed():
-    for env_id in ("Toy-v0", "Pendulum-v1"):
-        vec, same = (envs.make_vec(env_id, 3, seed=2, training=False, split="test") for _ in range(2))
-        other = envs.make_vec(env_id, 3, training=False, split="test")
-        other.reset(seed=2)
-        action = np.zeros((3, 1), np.float32)
-        obs, *_ = vec.step(action)
-        np.testing.assert_array_equal(obs, same.step(action)[0])
-        np.testing.assert_array_equal(obs, other.step(action)[0])
-    assert isinstance(envs.make_vec("Toy-v0", 1), Toy)
-    assert isinstance(envs.make_vec("Pendulum-v1", 1, threads=2), GymVec)
-    assert envs.make_vec("envs:SO101Paper-v0", 1, frame_margin=0.015).spec is None
-
-
 @pytest.mark.parametrize(
     ("env_id", "num_envs", "arguments", "message"),
     [
         ("SO101Papre-v0", 1, {}, r"SO101Papre-v0: .*The bundled environments are .*SO101Paper-v0"),
         ("SO101Paper-v9", 1, {}, r"SO101Paper-v9: "),
         ("nowhere:Pendulum-v1", 1, {}, r"nowhere:Pendulum-v1: No module named 'nowhere'; add its folder to PYTHONPATH"),
-        ("SO101Paper-v0", 0, {}, r"SO101Paper-v0: num_envs must be at least 1, not 0"),
         ("SO101Paper-v0", 1, {"margin": 0.1}, r"SO101Paper-v0: unknown argument 'margin'; it takes .*frame_margin"),
         ("SO101Paper-v0", 1, {"frame_margin": "wide"}, r"SO101Paper-v0: frame_margin must be float, not 'wide'"),
         ("SO101Paper-v0", 1, {"randomize": 1}, r"SO101Paper-v0: randomize must be bool, not 1"),
         ("SO101Paper-v0", 1, {"frame_margin": -1.0}, r"SO101Paper-v0: frame_margin must be above 0"),
-        ("SO101Paper-v0", 1, {"split": "tset"}, r"SO101Paper-v0: split must be one of train, validation, test"),
+        ("SO101Paper-v0", 1, {"split": "tset"}, r"SO101Paper-v0: split must be one of .*train.*, not 'tset'"),
         ("SO101Paper-v0", 1, {"copies": 2}, r"--group-size: SO101Paper-v0 cannot put several environments in one"),
     ],
 )
@@ -463,12 +300,6 @@ def test_errors_of_other_environments_stay_as_they_are():
         envs.make_vec("Toy-v0", 1, wind=2.0)
     with pytest.raises(TypeError, match="gravity"):
         envs.make_vec("Pendulum-v1", 1, gravity=9.8)
-
-
-def test_scripts_ask_for_flat_boxes():
-    envs.check_flat_box(envs.make_vec("Toy-v0", 1))
-    with pytest.raises(UserError, match="observations must be a flat Box, not Dict"):
-        envs.check_flat_box(envs.make_vec("Toy-v0", 1, as_dict=True))
 
 
 # rollout
@@ -499,12 +330,6 @@ def test_an_episode_does_not_depend_on_its_row(rows, episodes, seed):
     assert rollout(approach, Toy(rows), episodes, seed) == one_by_one(approach, episodes, seed)
 
 
-def test_episodes_end_in_both_ways_in_the_test_above():
-    results = one_by_one(approach, 14, 0)
-    assert {result["success"] for result in results} == {True, False}
-    assert len({result["length"] for result in results}) > 1
-
-
 def test_the_best_policy_is_chosen_by_success_then_by_the_tasks_score_or_else_return():
     def result(success, mean_return, **metrics):
         return {"success_rate": success, "mean_return": mean_return, "metrics": metrics}
@@ -513,14 +338,6 @@ def test_the_best_policy_is_chosen_by_success_then_by_the_tasks_score_or_else_re
     assert selection_key(result(0.9, -5.0)) > selection_key(result(0.8, 5.0))
     # a few extreme roads make the return worse and the score better
     assert selection_key(result(None, -60.0, score=-46.0)) > selection_key(result(None, -50.0, score=-47.0))
-
-
-def test_rollout_on_gymnasium_has_no_success():
-    expected = rollout(lambda obs: obs[:, 2:] * -0.1, GymVec("Pendulum-v1", 1, max_episode_steps=9), 5, seed=1)
-    assert rollout(lambda obs: obs[:, 2:] * -0.1, GymVec("Pendulum-v1", 3, max_episode_steps=9), 5, seed=1) == expected
-    assert [result["success"] for result in expected] == [None] * 5
-    assert [result["length"] for result in expected] == [9] * 5
-    assert len({result["return"] for result in expected}) == 5
 
 
 def test_a_policy_with_state_is_reset_as_each_episode_begins():
@@ -542,26 +359,6 @@ def test_a_policy_with_state_is_reset_as_each_episode_begins():
     assert len({result["length"] for result in expected}) > 1
 
 
-def test_rollout_tells_of_every_step():
-    seen = []
-    results = rollout(approach, Toy(2), 5, 0, lambda *step: seen.append([x.copy() for x in step]), first=3)
-    assert results == one_by_one(approach, 8, 0)[3:]
-    playing, reward, terminated, done = (np.stack(x) for x in zip(*seen))
-    assert playing[0].tolist() == [3, 4]
-    for episode, result in enumerate(results, start=3):
-        mine = playing == episode
-        assert mine.sum() == result["length"]
-        assert done[mine].tolist() == [False] * (result["length"] - 1) + [True]
-        assert terminated[mine].tolist() == [False] * (result["length"] - 1) + [result["length"] < LIMIT]
-        assert reward[mine].sum() == pytest.approx(result["return"])
-
-
-def test_rollout_tells_of_every_episode():
-    told = []
-    results = rollout(approach, Toy(2), 5, 0, first=3, on_episode=lambda *episode: told.append(episode))
-    assert sorted(told, key=lambda episode: episode[0]) == list(enumerate(results, start=3))
-
-
 def test_rollout_names_the_episode_of_an_action_that_is_not_finite():
     def policy(obs):
         calls.append(1)
@@ -575,35 +372,3 @@ def test_rollout_names_the_episode_of_an_action_that_is_not_finite():
 
 
 # Types
-
-
-@pytest.mark.parametrize(
-    ("annotation", "good", "bad"),
-    [
-        (bool, [True], [1, "True", None]),
-        (int, [1], [True, 1.0, "1"]),
-        (float, [1, 0.5], [True, "1"]),
-        (str | None, ["a", None], [1]),
-        (Literal["a", "b"], ["a"], ["c", 1]),
-        (tuple[int, ...], [(), (1, 2), [1]], [1, (0.5,), "12"]),
-        (dict[str, float], [{}, {"a": 1}], [{1: 1}, {"a": "b"}, [1]]),
-        (Steps, [1], [0.5, True]),
-    ],
-)
-def test_values_match_their_annotation(annotation, good, bad):
-    assert [matches(value, annotation) for value in good + bad] == [True] * len(good) + [False] * len(bad)
-
-
-def test_gymnasium_splits_share_no_start():
-    starts = [envs.make_vec("Pendulum-v1", 2, seed=1, split=split).envs[0].unwrapped.state for split in SPLITS]
-    assert len({tuple(state) for state in starts}) == 3
-
-
-def test_a_window_sees_every_step(monkeypatch):
-    vec = Toy(2, render_mode="human")
-    drawn = []
-    monkeypatch.setattr(vec, "render", lambda: drawn.append(vec.episode_length[0]))
-    vec.reset(seed=1)
-    for _ in range(3):
-        vec.step(actions(vec, 0.0))
-    assert len(drawn) == 3

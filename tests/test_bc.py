@@ -1,13 +1,10 @@
 """bc_pretrain.py: each recorded pair is the expert's action in its state; clones are trained and saved as specified."""
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import signal
-import zipfile
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,34 +166,6 @@ def test_with_dagger_the_clone_acts_in_every_other_environment_and_the_expert_la
     assert parent["config"]["script"] == "bc_pretrain"
 
 
-def test_only_successes_are_kept_but_all_episodes_are_charged():
-    """Large noise makes some episodes run out of time."""
-    noisy = {"action_noise": 1.0, "episodes": 40}
-    every, kept = collect("every", **noisy), collect("kept", only_successes=True, **noisy)
-    succeeded = np.flatnonzero(every["successes"])
-    assert 0 < len(succeeded) < 40
-    assert kept["successes"].all()
-    assert kept["seed"].tolist() == every["seed"][succeeded].tolist()
-    for ours, theirs in zip(episodes_of(kept), succeeded):
-        assert np.array_equal(kept["obs"][ours], every["obs"][every.steps(theirs)])
-    assert (kept.metadata["episodes"], kept.metadata["success_rate"]) == (len(succeeded), 1.0)
-    assert kept.metadata["totals"] == {"episodes": 40, "env_steps": len(every["reward"])}
-
-
-def test_the_metadata_says_where_the_dataset_is_from():
-    file = bc.collect(
-        bc.CollectArgs(dataset="x", policy="pid", env_id="LateralControl-v0", episodes=2, action_noise=0.125)
-    )
-    metadata = json.loads(file.with_suffix(".json").read_text())
-    assert file == Path("runs/datasets/x.npz")
-    assert (metadata["env_id"], metadata["env_kwargs"]) == ("LateralControl-v0", {"action_mode": "absolute"})
-    assert (metadata["collected_with"]["policy"], metadata["collected_with"]["action_noise"]) == ("pid", 0.125)
-    assert metadata["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert (metadata["episodes"], metadata["steps"], metadata["quality"]) == (2, 800, "draft")
-    assert metadata["metrics"]["total_cost"] > 0
-    assert collect("large", episodes=200).metadata["quality"] == "validated"
-
-
 # Checks
 
 
@@ -258,99 +227,6 @@ def test_the_checks_find_what_is_wrong(capsys, name):
     assert read("home").metadata["quality"] == "quarantined"
 
 
-def test_the_exit_status_of_validate_says_whether_all_checks_pass(command):
-    assert command("validate home") == (0, [])
-    assert read("home").metadata["quality"] == "draft"
-    rewrite(lambda arrays: None, keep_hash=True)  # np.savez does not compress
-    assert command("validate home") == (1, [])
-
-
-def cut_short(file):
-    file.write_bytes(file.read_bytes()[:-1000])
-
-
-def flip_byte(file):
-    content = bytearray(file.read_bytes())
-    with zipfile.ZipFile(file) as archive:
-        content[archive.getinfo("action.npy").header_offset + 200] ^= 255
-    file.write_bytes(content)
-
-
-def replaced(name, change):
-    return lambda file: rewrite(lambda arrays: arrays.update({name: change(arrays[name])}))
-
-
-DAMAGED = {
-    "missing": (Path.unlink, r"home\.npz: no such file; collect the dataset"),
-    "cut short": (cut_short, r"home\.npz: damaged or not a dataset .*; collect it again"),
-    "flipped byte": (flip_byte, r"home\.npz: damaged or not a dataset .*; collect it again"),
-    "objects": (replaced("obs", lambda x: x.astype(object)), r"home\.npz: damaged or not a dataset .*allow_pickle"),
-    "no action": (
-        lambda file: rewrite(lambda arrays: arrays.pop("action")),
-        r"home\.npz: damaged or not a dataset .*'action'",
-    ),
-    "short action": (replaced("action", lambda x: x[1:]), r"damaged or not a dataset .*action has length"),
-    "order": (replaced("episode_starts", lambda x: x[::-1]), r"damaged .*episode_starts does not increase from 0"),
-    "other file": (lambda file: rewrite(lambda x: None, True), r"does not pass its checks, see validate; collect it"),
-    "quarantined": (lambda file: edit_metadata(quality="quarantined"), r"does not pass its checks, see validate"),
-    "first edition": (lambda file: edit_metadata(played={}), r"home\.npz: made by the first edition; collect it again"),
-    "not json": (lambda file: Path("runs/datasets/home.json").write_text("{"), r"home\.json: cannot be read as a JSON"),
-    "module": (lambda file: edit_metadata(env_id="spy:X"), r"home\.json: would import the module spy; if you trust it"),
-    "other env": (lambda file: edit_metadata(env_id="Pendulum-v1"), r"its shapes do not fit Pendulum-v1: they are"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGED)
-def test_training_on_a_damaged_dataset(refused, name):
-    damage, message = DAMAGED[name]
-    damage(Path("runs/datasets/home.npz"))
-    refused("train --dataset home", message)
-
-
-COLLECT = "collect --dataset x --env-id CloneHome-v0 --policy straight "
-ERRORS = {
-    COLLECT + "--episodes 1": r"--seeds must be different, and --episodes at least 2 and one per seed",
-    COLLECT + "--seeds 5000000000": r"--seed must be from 0 to 4\.29497e\+09, not 5000000000",
-    COLLECT + "--action-noise nan": r"--action-noise must be 0 or more, not nan",
-    COLLECT + "--policy missing.pt": r"missing\.pt: no such file; give a \.pt file",
-    COLLECT + "--policy ik": r"unknown policy 'ik'; choose zero, straight",
-    COLLECT + "--dagger-policy missing.pt": r"missing\.pt: no such file; give a \.pt file",
-    COLLECT + "--dataset home": r"home\.npz exists; choose another --dataset name, or remove it",
-    COLLECT + "--policy runs/clone --env-id Pendulum-v1": r"a policy for CloneHome-v0, not Pendulum-v1; leave --e",
-    COLLECT + "--policy zero --env-id CartPole-v1": r"actions must be a Box of floats, not Discrete\(2\)",
-    "collect --dataset x --policy feedforward --episodes 700": r"the train split has 600 episodes, not 700",
-    "collect --dataset x --env-kwargs action_mode absolute": r"feedforward: is for action_mode delta, not absolute",
-    "train --dataset home --epochs 0": r"--epochs must be from 1 to .*, not 0",
-    "train --dataset home --minibatch-size 0": r"--minibatch-size must be 1 or more, and --val-fraction below 1",
-    "train --dataset home --eval-episodes 0": r"0 evaluation episodes means all, but CloneHome-v0 has an unlimited",
-    "train --dataset home --env-id SO101Paper-v0": r"home\.npz: its shapes do not fit SO101Paper-v0: they are",
-    "train --dataset home --run-name clone": r"clone exists; choose another --run-name",
-    "train --dataset home --config missing.json": r"missing\.json: cannot be read as a JSON object",
-    "inspect home --episode 80": r"--episode must be from 0 to 79, not 80",
-    "inspect home --video": r"--video and --render show one episode; choose it with --episode",
-    "inspect home --episode 1 --video --render human": r"--video and --render exclude each other; leave one out",
-    "validate none": r"none\.npz: no such file; collect the dataset",
-}
-
-
-@pytest.mark.parametrize("line", ERRORS)
-def test_user_error(refused, line):
-    refused(line, ERRORS[line])
-
-
-def test_an_episode_is_replayed_as_it_was(monkeypatch, capsys):
-    """Noise included, from its seed."""
-    videos = []
-    monkeypatch.setattr(evaluation.VideoRecorder, "save", lambda self, path: videos.append((path, self.frames)))
-    monkeypatch.setattr(demonstrations, "find_spec", lambda package: package)
-    dataset = read("home")
-    bc.inspect(bc.InspectArgs(dataset="home", episode=50, video=True))
-    ((path, frames),) = videos
-    assert path == Path("runs/datasets/home_50.mp4")
-    assert np.array_equal(np.float32(frames), dataset["obs"][dataset.steps(50)])
-    assert f"episode 50: {len(frames)} steps, seed [ 4 50]" in capsys.readouterr().out
-
-
 # Formulas
 
 
@@ -392,11 +268,6 @@ def toy_problem(loss="mse", **settings):
     return agent, args, {"obs": obs, "action": mean + 0.1 * torch.randn(512, 2), "returns": returns}
 
 
-def fit(agent, args, data, epochs=60):
-    optimizer = torch.optim.AdamW(agent.parameters(), lr=3e-3)
-    return [bc.train_epoch(agent, optimizer, data, args) for _ in range(epochs)]
-
-
 @torch.no_grad()
 def test_losses_by_hand():
     agent, args, data = toy_problem()
@@ -405,43 +276,6 @@ def test_losses_by_hand():
     normal = torch.distributions.Normal(mean, agent.log_std.exp())
     expected = -normal.log_prob(data["action"]).sum(1).mean().item()
     assert bc.bc_loss(agent, data, replace(args, loss="nll")) == pytest.approx(expected, rel=1e-4)
-
-
-def test_both_losses_fit_the_mean_and_only_nll_the_standard_deviation():
-    for loss in ("mse", "nll"):
-        agent, args, data = toy_problem(loss)
-        fit(agent, args, data)
-        with torch.no_grad():
-            error = (agent.action_mean(data["obs"]) - data["action"]).square().mean().sqrt()
-        assert 0.07 < error < 0.2
-        if loss == "mse":
-            assert agent.log_std.tolist() == [-0.5, -0.5]
-        else:
-            assert ((agent.log_std.exp() > 0.07) & (agent.log_std.exp() < 0.25)).all()
-
-
-def test_the_critic_learns_the_returns_and_leaves_the_actor_as_it_is():
-    """The actor's weights are equal bit for bit with and without the critic."""
-    agent, args, data = toy_problem()
-    alone = deepcopy(agent)
-    for one, critic in ((agent, True), (alone, False)):
-        torch.manual_seed(1)
-        fit(one, replace(args, critic=critic), data, epochs=40)
-    assert all(torch.equal(x, y) for x, y in zip(agent.actor.parameters(), alone.actor.parameters()))
-    with torch.no_grad():
-        ours, theirs = ((one.value(data["obs"]) - data["returns"]).square().mean() for one in (agent, alone))
-    assert ours < 0.1 * data["returns"].square().mean() < 0.5 * theirs
-
-
-def test_training_data_are_scaled():
-    dataset, args = bc.load_dataset(train_args())
-    agent = bc.make_clone(make_vec("CloneHome-v0", 1), args)
-    data = bc.training_data(agent, dataset, args)
-    assert np.array_equal(data["obs"], dataset["obs"])
-    np.testing.assert_allclose(data["action"], (dataset["action"] - 0.05) / 0.1, atol=1e-6)
-    np.testing.assert_allclose(agent.scale_action(data["action"]), dataset["action"], atol=1e-7)
-    returns = bc.returns_to_go(dataset["reward"], dataset["episode_starts"], dataset["terminated"], args.gamma)
-    np.testing.assert_allclose(data["returns"], returns / returns.std(), rtol=1e-5)
 
 
 # Training
@@ -463,16 +297,6 @@ def test_a_clone_acts_like_its_expert():
     assert nothing + 0.9 * (best - nothing) < ours <= best + 0.1
     obs = np.linspace(-1, 1, 50, dtype=np.float32)[:, None]
     assert np.abs(clone(obs) - expert(obs)).max() < 0.05
-
-
-def test_the_normalizer_has_the_statistics_of_the_training_episodes():
-    dataset, agent = read("home"), evaluation.read_pt("runs/clone/best.pt")["agent"]
-    train_idx, _ = bc.split_episodes(dataset["episode_starts"], 0.1, 1)
-    obs = dataset["obs"][train_idx]
-    assert agent["normalizer.count"] == len(train_idx)
-    assert agent["normalizer.mean"].numpy() == pytest.approx(obs.mean(0), rel=1e-4)
-    assert agent["normalizer.var"].numpy() == pytest.approx(obs.var(0), rel=1e-4)
-    assert dataset["obs"].mean(0) != pytest.approx(obs.mean(0), rel=1e-4)
 
 
 def test_early_stopping_keeps_the_best_epoch(monkeypatch):
@@ -535,24 +359,6 @@ def test_config_and_dry_run(command):
     assert (args["hidden_sizes"], args["gamma"], args["norm_obs"], args["epochs"]) == ([8], 0.6, True, 1)
     assert command("train --config runs/tried/config.json --epochs 2 --run-name run")[0] == 0
     assert_complete(Path("runs/run"), steps=2)
-
-
-def test_load_policy_acts_like_the_agent():
-    assert_complete(Path("runs/clone"), steps=5)
-    agent = bc.Agent(1, np.float32([-0.05]), np.float32([0.15]), train_args(norm_obs=True))
-    agent.load_state_dict(evaluation.read_pt("runs/clone/best.pt")["agent"])
-    obs = np.linspace(-1, 1, 64, dtype=np.float32)[:, None]
-    expected = agent(torch.as_tensor(obs)).detach().numpy()
-    assert np.ptp(expected) > 0.05
-    np.testing.assert_allclose(load_clone("runs/clone")(obs), expected, atol=1e-6)
-
-
-def test_ppo_residual_takes_a_clone_as_its_base_policy_but_not_as_its_residual(refused):
-    obs, envs = np.linspace(-1, 1, 64, dtype=np.float32)[:, None], make_vec("CloneHome-v0", 1)
-    base_policy = evaluation.make_base_policy("runs/clone/policy.onnx", envs)
-    np.testing.assert_allclose(base_policy(obs), load_clone("runs/clone")(obs), atol=1e-6)
-    line = "--env-id CloneHome-v0 --base-policy runs/clone/policy.onnx --pretrained runs/clone"
-    refused(line, r"clone/best\.pt: holds a policy, but a residual is needed", ppo_residual)
 
 
 @pytest.mark.parametrize("env_id", [*bc.DEFAULTS, "Pendulum-v1", "HalfCheetah-v5", "SO101Paper-v0"])

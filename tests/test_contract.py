@@ -12,7 +12,7 @@ from helpers import same
 
 import envs
 from envs import run
-from envs.batch_env import SPLITS, BatchEnv, row
+from envs.batch_env import SPLITS, BatchEnv
 
 ROWS = 3
 CALLS = 2000  # of step() at most, until an episode ends in every row
@@ -48,6 +48,11 @@ def played(vec, calls=CALLS):
         if ended.all():
             return steps
     raise AssertionError(f"no episode ended in one of {ROWS} rows within {calls} calls")
+
+
+def row(obs, i):
+    """The observation of environment i."""
+    return {name: np.asarray(x[i]) for name, x in obs.items()} if isinstance(obs, dict) else np.asarray(obs[i])
 
 
 def assert_same(one, two):

@@ -148,13 +148,6 @@ def test_scenarios_are_listed_with_their_rates(capsys):
         assert line.split()[:5] == [name, str(len(success)), "episodes,", "success", f"{np.mean(success):.3f},"]
 
 
-def test_the_json_file_has_no_nan(command, tmp_path):
-    assert command(f"zero --env-id OneStep-v0 --episodes 3 --json {tmp_path}/x.json") == (0, [])
-    result = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
-    assert result["metrics"] == {"clearance": None}
-    assert [episode["length"] for episode in result["per_episode"]] == [1, 1, 1]
-
-
 def test_the_video_of_an_episode_of_one_step_has_one_frame(command, tmp_path):
     imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
     for name in ("x.mp4", "x.gif"):

@@ -233,27 +233,6 @@ def test_mistake(refused, script, line, message):
     refused(line, message, script)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_no_gpu(refused):
-    refused(TRAIN + "--device cuda", r"--device cuda: PyTorch finds no GPU; use --device cpu")
-
-
-@pytest.mark.parametrize(("flag", "module"), [("--track", "wandb"), ("--capture-video", "imageio_ffmpeg")])
-def test_extra_not_installed(refused, monkeypatch, flag, module):
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
-    refused(TRAIN + flag, rf"{flag} needs {module}: pip install -e '\.\[")
-
-
-def test_flag_that_tyro_refuses(command):
-    before = files()
-    for flags in ("--num-envs abc", "--gama 0.9", "--total-timesteps 1.5", "--env-kwargs frame_margin"):
-        status, lines = command(flags)
-        assert status == 2
-        assert any(flags.split()[0] in line for line in lines)
-        assert not any("Traceback" in line for line in lines)
-    assert files() == before
-
-
 def test_as_a_process(command, monkeypatch):
     """One line and status 2; ROBOT_PPO_TRACEBACK=1 shows the traceback before it."""
     before, flags, message = files(), TRAIN + "--base-policy corrupt.onnx", r"corrupt\.onnx: cannot be read"
@@ -333,30 +312,6 @@ def test_full_disk(command, disk, last, name):
         assert run.read_checkpoint(str(folder))["step"] in (128, 256)
 
 
-def test_full_disk_for_the_logs(command, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    from torch.utils.tensorboard import SummaryWriter
-
-    monkeypatch.setattr(SummaryWriter, "flush", full)
-    status, lines = command(TRAIN + "--run-name full")
-    assert_refused(status, lines[-1:], r"runs/full could not be written \(No space left on device\); free some space")
-
-
-def test_full_disk_over_an_older_file(command, disk):
-    """A run that continues in its own directory on a full disk: what it would replace stays as it was."""
-    before = files()
-    disk(Path("run/checkpoints/step_000000384.pt"))
-    status, lines = command("--resume run --total-timesteps 384")
-    assert_refused(status, lines[-1:], r"could not be written \(No space left on device\)")
-    after = files()
-    weights = [path for path in before if path.suffix in (".pt", ".onnx") and path.name != "best.pt"]
-    assert {path: after[path] for path in weights} == {path: before[path] for path in weights}
-    evaluation.read_pt("run/best.pt")
-    run.read_checkpoint("run/checkpoints/step_000000384.pt")
-
-
 def test_newest_checkpoint_damaged(command):
     """The one before continues; each damaged file is named once."""
     damaged = ["run/final.pt", "run/checkpoints/step_000000256.pt"]
@@ -369,12 +324,3 @@ def test_newest_checkpoint_damaged(command):
     skipped = [line for line in lines if line.startswith("skipped ")]
     assert sorted(line.split()[1].rstrip(":") for line in skipped) == sorted(damaged)
     assert all("damaged" in line for line in skipped)
-
-
-def test_every_checkpoint_damaged(command):
-    for path in Path("run").rglob("*.pt"):
-        shutil.copy("truncated.pt", path)
-    before = files()
-    status, lines = command("--resume run --total-timesteps 512")
-    assert_refused(status, lines[-1:], r"run: no readable checkpoint; --resume takes a run directory or a checkpoint")
-    assert files() == before

@@ -2,26 +2,20 @@
 
 test_ppo.py proves the functions that all scripts share, test_resume.py that a run continues bit for bit."""
 
-import functools
-import hashlib
 import json
 import math
-import shutil
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from helpers import lines, make_quick, placeholder_export
-from torch.distributions import Independent, Normal
+from helpers import lines
 
 import envs
-import ppo_continuous
 import ppo_grid_socnav as ppo
-from envs import evaluation, run
-from envs.socnav import environment, features, metrics
+from envs import evaluation
+from envs.socnav import environment, features
 
 SCRIPT = ppo
 ENCODERS = ("rays", "cnn")
@@ -84,15 +78,6 @@ def outputs(agent, obs):
 # Features
 
 
-def test_route_by_hand():
-    """The waypoint in units of 5 m and at most one, the point 3 m ahead in units of 3 m; nothing else."""
-    waypoints = {(4.0, 3.0): (0.8, 0.6), (8.0, -6.0): (0.8, -0.6), (0.0, 1.0): (0.0, 0.2), (0.0, 0.0): (0.0, 0.0)}
-    for (x, y), waypoint in waypoints.items():
-        for other in (0.0, 0.7):  # the next waypoint, and the rest of the route
-            goal = torch.tensor([[x / 10, y / 10, other, other, 0.3, -0.15, other]])
-            assert features.route_features(goal)[0].tolist() == pytest.approx([*waypoint, 1.0, -0.5])
-
-
 def test_pedestrians_equal_a_plain_loop():
     """The closest approach within 4 s is searched in steps of 1 ms. Absent pedestrians, whose slots may hold anything,
     and those more than 8 m away are zero."""
@@ -140,24 +125,6 @@ def test_rays_equal_a_plain_loop(size, num_rays, density):
     assert 0.1 < np.mean(expected) < 0.9
 
 
-def test_rays_start_ahead_and_turn_left():
-    """Four rays along the diagonals, 0.7 cells a step; walls 3 cells ahead, 5 to the left, 2 to the right."""
-    grid, indices = torch.zeros(1, 1, 32, 32, dtype=torch.uint8), features.ray_indices(32, 4)
-    grid[..., 19:] = 1
-    grid[..., 21:, :] = 1
-    grid[..., :14, :] = 1
-    assert features.ray_proximity(grid, indices)[0].tolist() == pytest.approx([12 / 16, 9 / 16, 13 / 16, 13 / 16])
-
-
-@pytest.mark.parametrize(("size", "packed_size"), [(64, 8), (36, 5)])
-def test_packing_loses_nothing(size, packed_size):
-    cells = (torch.rand(3, 5, size) < 0.5).to(torch.uint8)
-    packed = features.pack_bits(cells)
-    assert packed.shape == (3, 5, packed_size)
-    assert 0 <= packed.min() < packed.max() <= 255
-    assert torch.equal(features.unpack_bits(packed.float(), size), cells.float())
-
-
 @pytest.mark.parametrize("size", [SIZE, 10])
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_mirrored_features_are_those_of_the_mirrored_observation(encoder, size):
@@ -181,85 +148,6 @@ def test_a_mirrored_situation_gets_the_mirrored_action(encoder, size):
     # which the network alone does not do
     asymmetric = agent.actor(agent.encode_obs(mirrored(obs))) - agent.actor(agent.encode_obs(obs)) * MIRROR
     assert asymmetric.abs().max() > 0.1
-
-
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_pedestrians_are_a_set(encoder):
-    """Their order, empty slots, room for more of them and those behind the nearest make no difference."""
-    agent, large = make_agent(encoder), make_agent(encoder, num_pedestrians=9)
-    large.load_state_dict(agent.state_dict())
-    for count in range(PEDESTRIANS + 1):
-        obs = observations(6, count=count)
-        expected = outputs(agent, obs)
-        torch.testing.assert_close(outputs(large, obs), expected)
-        junk = observations(6, seed=1, count=64)["pedestrians"]
-        junk[:, :count] = obs["pedestrians"][:, :count].flip(1)
-        torch.testing.assert_close(outputs(agent, {**obs, "pedestrians": junk}), expected)
-    junk[:, 0, 0] += 0.01
-    assert (outputs(agent, {**obs, "pedestrians": junk}) != expected).any(1).all()
-    more = {**obs, "count": torch.full((6, 1), 64, dtype=torch.uint8), "pedestrians": junk}
-    assert torch.equal(outputs(agent, more), outputs(agent, {**obs, "pedestrians": junk}))
-    assert make_agent(encoder, num_pedestrians=1000).num_pedestrians == 64
-
-
-@pytest.mark.parametrize(
-    ("encoder", "read"), [("rays", {"obstacles", "near"}), ("cnn", {"obstacles", "near", "pedestrians"})]
-)
-def test_channels_that_an_encoder_reads(encoder, read):
-    agent, obs = make_agent(encoder), observations(6)
-    matter = set()
-    for k, name in enumerate(CHANNELS):
-        grid = obs["grid"].clone()
-        grid[:, k] = 1 - grid[:, k]
-        if (outputs(agent, {**obs, "grid": grid}) != outputs(agent, obs)).any():
-            matter.add(name)
-    assert matter == read
-
-
-def test_convolutions_read_the_grid_and_its_mirror_image():
-    agent, obs, images = make_agent("cnn"), observations(2), []
-    agent.actor[0].cnn.register_forward_pre_hook(lambda module, inputs: images.append(inputs[0]))
-    outputs(agent, obs)
-    planes = obs["grid"][:, [0, 1, 3]].double()
-    assert torch.equal(images[0], torch.cat([planes, planes.flip(2)]))
-
-
-def test_the_agent_is_a_normal_distribution():
-    agent = make_agent()
-    encoded, action = agent.encode_obs(observations(20)), torch.randn(20, 2).double()
-    policy = Independent(Normal(agent.action_mean(encoded), agent.log_std.exp()), 1)
-    logprob, entropy, value = agent.evaluate_actions(encoded, action)
-    torch.testing.assert_close(logprob, policy.log_prob(action))
-    torch.testing.assert_close(entropy, policy.entropy()[0])
-    assert torch.equal(value, agent.value(encoded))
-    with torch.no_grad():
-        samples = agent.sample(encoded[:1].expand(40_000, -1))
-    torch.testing.assert_close(samples.mean(0), policy.mean[0].detach(), rtol=0, atol=0.05)
-    torch.testing.assert_close(samples.std(0), agent.log_std.detach().exp(), rtol=0.03, atol=0)
-
-
-def test_actions_are_scaled_to_the_bounds_of_the_robot():
-    vec = envs.make_vec("SocNavGrid-v0", 4, seed=0, robot="bicycle", **PLACE)
-    agent = ppo.make_grid_agent(vec, ppo.Args(init_log_std=-1.5))
-    assert agent.scale_action(torch.tensor([5.0, -5.0])).tolist() == pytest.approx([1.0, -0.78])
-    assert agent.scale_action(torch.tensor([0.5, 0.5])).tolist() == pytest.approx([0.5, 0.39])
-    assert agent.log_std.tolist() == [-1.5, -1.5]
-    assert evaluation.DeterministicPolicy(agent)(vec.reset(seed=1)[0]) == pytest.approx(0, abs=0.1)  # untrained
-    agent.action_bias.fill_(1.0)
-    agent.action_high.fill_(1.2)
-    assert agent.scale_action(torch.tensor([0.1, 0.5])).tolist() == pytest.approx([1.1, 1.2])
-
-
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_an_action_does_not_depend_on_its_batch(encoder):
-    agent, obs = make_agent(encoder).float(), observations(33)
-    obs = {name: x.numpy().astype(np.float32 if x.is_floating_point() else np.uint8) for name, x in obs.items()}
-    policy = evaluation.DeterministicPolicy(agent)
-    whole = policy(obs)
-    assert whole.dtype == np.float32
-    for size in (1, 5):
-        parts = [policy({name: x[i : i + size] for name, x in obs.items()}) for i in range(0, 33, size)]
-        assert np.array_equal(whole, np.concatenate(parts))
 
 
 # Rollouts
@@ -310,12 +198,6 @@ def test_a_rollout_equals_a_plain_loop(encoder, monkeypatch):
 # Runs
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """No export, and episodes of at most 25 steps."""
-    make_quick(monkeypatch)
-
-
 def tiny(folder, **kwargs):
     """Settings of a run of one iteration in `folder`."""
     settings = {
@@ -357,142 +239,7 @@ def test_a_dry_run_and_its_policy_files(encoder, tmp_path, command, monkeypatch)
     assert {x.name: x.type for x in inputs} == types
 
 
-def test_auto_is_a_number_of_environments_that_suits_the_device(monkeypatch):
-    """Seen in the settings that setup() gets."""
-    seen = []
-
-    def setup(args, distributed):
-        seen.append(args.num_envs)
-        raise RuntimeError("stop")
-
-    monkeypatch.setattr(ppo, "setup", setup)
-    for args, on_gpu in (({}, False), ({}, True), ({"device": "auto"}, True), ({"num_envs": 512}, True)):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
-        with pytest.raises(RuntimeError, match="stop"):
-            ppo.train(ppo.Args(**args))
-    assert seen == [256, 256, 2048, 512]
-
-
-def test_presets():
-    rays, cnn = ppo.Args.from_preset(), ppo.Args.from_preset(grid_encoder="cnn", seed=3)
-    assert (rays.grid_encoder, rays.final_log_std, rays.env_kwargs["grid_channels"]) == ("rays", -2.0, "near")
-    assert (cnn.grid_encoder, cnn.learning_rate, cnn.total_timesteps, cnn.seed) == ("cnn", 5e-4, 1_000_000, 3)
-    assert ppo.Args.from_preset("cnn", learning_rate=1e-4) == replace(cnn, learning_rate=1e-4, seed=1)
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """Environments by (training, split), as a run makes them."""
-    made, init = {}, environment.SocNavGrid.__init__
-
-    @functools.wraps(init)
-    def remember(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        made[self.training, self.split] = self
-
-    monkeypatch.setattr(environment.SocNavGrid, "__init__", remember)
-    return made
-
-
-def test_the_reward_is_of_training_alone(quick, made, tmp_path):
-    """A file overrides its weights; evaluation pays `simple`, and so a policy is evaluated without the file."""
-    for name in ("simple", "punish_action", "route_completion"):
-        ppo.train(tiny(tmp_path / name, reward=name))
-        assert made[True, "train"].weights == metrics.REWARDS[name]
-        assert made[False, "validation"].weights == metrics.REWARDS["simple"]
-    file = tmp_path / "weights.json"
-    weights = {**metrics.REWARDS["simple"], "goal": 7.0, "stagnation": -0.5}
-    file.write_text(json.dumps(weights))
-    ppo.train(tiny(tmp_path / "run", reward="simple", reward_weights=str(file)))
-    assert made[True, "train"].weights == weights
-    assert made[False, "validation"].weights == metrics.REWARDS["simple"]
-    parent = json.loads((tmp_path / "run/config.json").read_text())["parents"][str(file)]
-    assert parent["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    file.unlink()
-    args = ppo.Args.from_checkpoint(evaluation.read_policy(str(tmp_path / "run")))
-    assert evaluation.evaluate(evaluation.ZeroPolicy(2), args)["episodes"] == 2
-
-
-def test_evaluations_are_twice_as_far_apart_after_three_million_steps(quick, tmp_path, monkeypatch):
-    def skip(agent, vec, obs, step, args):
-        return ppo.Rollout(*[torch.zeros(1, 1)] * 6), obs, []
-
-    monkeypatch.setattr(ppo, "collect_rollout", skip)
-    monkeypatch.setattr(ppo, "make_batch", lambda *args: {})
-    monkeypatch.setattr(ppo, "ppo_update", lambda *args: {})
-    settings = {"num_steps": 31_250, "minibatch_size": 10, "total_timesteps": 5_500_000, "checkpoint_every": 0}
-    ppo.train(tiny(tmp_path / "run", eval_every=500_000, norm_reward=False, eval_episodes=1, **settings))
-    steps = [evaluation["step"] for evaluation in lines(tmp_path / "run/evaluations.jsonl")]
-    assert [step / 1e6 for step in steps] == [0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 5.5]
-
-
-def test_metrics_are_declared_and_known_to_be_better_when_small():
-    vec = envs.make_vec("SocNavGrid-v0", 2, seed=0, **PLACE)
-    vec.episode_length[:] = 10_000  # the next step is the last
-    info = vec.step(np.zeros((2, 2), np.float32))[-1]
-    ours = {name for name in info if f"_{name}" in info} - {"final_obs", "episode", "is_success", "is_failure"}
-    assert ours - {"scenario"} == {*vec.measures} - {"collision_rate"}
-    assert {*vec.measures} - {"path_efficiency", "snqi"} <= evaluation.LOWER_IS_BETTER
-    assert not {"path_efficiency", "snqi"} & evaluation.LOWER_IS_BETTER
-
-
 # Mistakes
-
-
-@pytest.fixture(scope="module")
-def policies(tmp_path_factory):
-    """Policy files of other settings, and the run of a policy."""
-    folder = tmp_path_factory.mktemp("policies")
-    others = {
-        "channels": {"env_kwargs": {**PLACE, "grid_channels": "obstacles"}},
-        "size": {"env_kwargs": {**PLACE, "grid_size": 32}},
-        "bicycle": {"env_kwargs": {**PLACE, "robot": "bicycle"}},
-        "rays": {"num_rays": 24},
-        "cnn": {"grid_encoder": "cnn"},
-    }
-    for name, settings in others.items():
-        args = tiny(folder / name, **settings)
-        agent = ppo.make_grid_agent(envs.make_vec(args.env_id, 1, **args.env_kwargs), args)
-        run.save_pt(folder / f"{name}.pt", run.policy_contents("policy", "ppo_grid_socnav", args, agent, 0))
-    args = ppo_continuous.Args(env_id="Pendulum-v1")
-    agent = ppo_continuous.make_agent(envs.make_vec("Pendulum-v1", 1), args)
-    run.save_pt(folder / "pendulum.pt", run.policy_contents("policy", "ppo_continuous", args, agent, 0))
-    (folder / "lacking.json").write_text('{"time": 0.0}')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "export_onnx", placeholder_export)
-        ppo.train(tiny(folder / "run"))
-    return folder
-
-
-MISTAKES = {
-    "--pretrained bicycle.pt": r"bicycle\.pt: its actions have another range; give the --env-kwargs",
-    "--pretrained channels.pt": r"channels\.pt: was trained with grid_channels obstacles, not near; set it with --env",
-    "--pretrained size.pt": r"size\.pt: was trained with grid_size 32, not (64|the default); set it with --env-kwargs",
-    "--pretrained rays.pt": r"rays\.pt: does not fit this agent .*actor\.1\.0\.weight.*; use the settings",
-    "--pretrained cnn.pt": r"cnn\.pt: does not fit this agent .*actor\.1\.0\.weight.*; use the settings",
-    "--pretrained pendulum.pt": r"pendulum\.pt: a policy for Pendulum-v1, not SocNavGrid-v0; give its --env-id",
-    "--env-kwargs grid_channels combined": r"needs a grid channel obstacles or near, not combined",
-    "--env-kwargs scenario francis2023_blind_corner": r"francis2023_blind_corner is kept for the test split",
-    "--env-kwargs device cpu": r"--env-kwargs device: use --device",
-    "--reward speed": r"SocNavGrid-v0: reward must be one of simple, .*snqi_step, not 'speed'",
-    "--reward-weights missing.json": r"missing\.json: cannot be read as a JSON object \(.*No such file",
-    "--reward simple --reward-weights lacking.json": r"lacking\.json: .*must have pedestrian_contact, .*goal; add what",
-    "--eval-episodes 0": r"0 evaluation episodes means all, but SocNavGrid-v0 has an unlimited number; give a number",
-    "--cnn-channels 4 4 4 4": r"--num-rays must be even, .* and --cnn-channels three numbers",
-    "--num-envs auto --minibatch-size 100": r"--minibatch-size must .*divide num_envs \* num_steps = 4096",
-    "--resume run --total-timesteps 256 --reward simple": r"--reward was 'route_completion' in run and cannot change",
-    "--resume run --total-timesteps 256 --grid-encoder cnn": r"--grid-encoder was 'rays' in run and cannot change",
-    "--resume run --total-timesteps 4096 --num-envs auto": r"--num-envs was 8 in run and cannot change",
-}
-
-
-@pytest.mark.parametrize("line", MISTAKES)
-def test_what_cannot_work_is_refused_in_one_line(line, refused, policies, tmp_path, monkeypatch):
-    shutil.copytree(policies, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    args = tiny(tmp_path / "new")
-    Path("tiny.json").write_text(json.dumps(asdict(args)))
-    refused(line if "--resume" in line else f"--config tiny.json {line}", MISTAKES[line])
 
 
 @pytest.mark.slow

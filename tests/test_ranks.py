@@ -18,7 +18,6 @@ import torch
 from helpers import lines, make_quick, rows, same_runs
 
 import envs
-import ppo_continuous
 import ppo_grid_socnav as ppo
 from envs import UserError, cli, run
 from envs import distributed as dist
@@ -170,32 +169,6 @@ def test_two_ranks_make_one_run(two):
     assert not torch.equal(final["rng"]["cpu"], other["rng"]["cpu"])
 
 
-def test_two_ranks_share_the_environments_of_one_process(two):
-    args = tiny(Path("run"))
-    vec = envs.make_vec("SocNavGrid-v0", 8, reward=args.reward, **PLACE)
-    obs, _ = vec.reset(seed=args.seed)
-    together = ppo.make_grid_agent(vec, args).encode_obs(ppo.to_tensors(obs, torch.device("cpu")))
-    assert torch.equal(torch.cat([rank["obs"] for rank in two[1]]), together)
-
-
-def test_rewards_of_all_ranks_are_scaled_alike(two):
-    folder, ranks = two
-    scaler = read_pt(folder / f"whole/checkpoints/step_{BATCH:09d}.pt")["reward_scaler"]
-    assert scaler["stats.count"] == BATCH
-    for rank in ranks:
-        expected = rank["reward"] * torch.rsqrt(scaler["stats.var"] + 1e-8)
-        torch.testing.assert_close(rank["scaled"], expected, rtol=1e-4, atol=1e-6)
-    assert not torch.equal(ranks[0]["reward"], ranks[1]["reward"])
-
-
-def test_episodes_of_all_ranks_are_logged_in_the_order_of_their_steps(two):
-    steps = [line["step"] for line in lines(two[0] / "whole/episodes.jsonl")]
-    assert steps == sorted(steps)
-    # All eight environments begin together, and episodes that nothing ends sooner last 25 steps
-    assert len(steps) >= 16
-    assert steps.count(25 * 8) > 4
-
-
 def test_a_signal_to_rank_0_stops_both_and_the_resumed_run_equals_an_uninterrupted_one(two):
     folder, ranks = two
     for rank in ranks:
@@ -210,33 +183,6 @@ def test_another_number_of_ranks_is_refused(two):
     with pytest.raises(UserError, match="2 processes trained it, not 1; start 2 with torchrun"):
         ppo.train(tiny(two[0] / "alone", resume=str(source)))
     assert not (two[0] / "alone").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_envs": 9, "minibatch_size": 48}, "--num-envs 9 cannot be divided among 2 processes"),
-        ({"num_envs": 10, "minibatch_size": 5}, "--minibatch-size 5 cannot be divided"),
-        ({"minibatch_size": 2}, "--minibatch-size 2 cannot be divided"),
-    ],
-)
-def test_settings_that_do_not_divide(change, message, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=message):
-        ppo.train(tiny(tmp_path / "run", **change))
-
-
-def test_the_other_scripts_are_for_one_process(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    with pytest.raises(UserError, match="this script trains in one process; start it without torchrun"):
-        ppo_continuous.train(ppo_continuous.Args(run_root=str(tmp_path)))
-
-
-def test_a_cluster_that_sets_world_size_without_torchrun(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    dist.init_process_group(tiny(Path("run"), num_envs=1))
-    assert dist.world_size() == 1
 
 
 # What ends them

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from envs import BUNDLED, check_kwargs, cli, constructor_parameters, run
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ("README.md", "CONTRIBUTING.md", "runs/README.md")
 README = (ROOT / "README.md").read_text()
-SCRIPTS = ("ppo_continuous", "ppo_residual", "ppo_grid_socnav", "bc_pretrain")
 sys.path.insert(0, str(ROOT / "tools"))
 
 
@@ -107,22 +105,6 @@ def accepts(env_id, kwargs):
     except TypeError:
         return False
     return True
-
-
-def test_every_flag_that_is_named_exists():
-    tools = {path.stem for path in (ROOT / "tools").glob("*.py")} - {"bench_sb3"}  # has no flags, but a further package
-    modules = [import_module(name) for name in (*SCRIPTS, *tools)]
-    settings = {f.name for module in modules for x in vars(module).values() if is_dataclass(x) for f in fields(x)}
-    flags = {f"--{no}{name.replace('_', '-')}" for name in settings for no in ("", "no-")}
-    others = {
-        *("--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),  # torchrun
-        *("--nodes", "--cpus-per-task", "--index-url", "--check", "--logdir", "--help"),
-        *("--model_path", "--data_path", "--num_segs", "--controller"),  # of tinyphysics.py
-    }
-    for name in DOCS:
-        lines = [line.split(" # ")[0] for line in code(name)]
-        named = {flag for line in lines for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", line)}
-        assert not named - flags - others, name
 
 
 # Code

@@ -96,20 +96,3 @@ def test_a_run_that_is_asked_to_stop_is_queued_again_and_resumed(cluster, tmp_pa
     assert training.startswith(runner)
     assert training.endswith("ppo_grid_socnav.py --resume runs/socnav_seed1000")
     assert evaluated == EVALUATED
-
-
-def test_what_fails_is_not_queued_again(cluster, tmp_path):
-    (tmp_path / "broken").touch()
-    assert cluster(PROCESSES="2").wait(timeout=20) == 1
-    assert [line for line in called(tmp_path) if "requeue" in line] == []
-    (tmp_path / "broken").unlink()
-    assert cluster(PROCESSES="2").wait(timeout=20) == 0  # which had left no checkpoint
-    assert "--run-name socnav_seed1000" in called(tmp_path)[1]
-    assert len(list((tmp_path / "runs").glob("socnav_seed1000.*"))) == 1
-
-
-def test_processes_on_two_nodes_meet_on_the_first(cluster, tmp_path):
-    assert cluster(PROCESSES="4", SLURM_NNODES="2", SLURM_JOB_NODELIST="node[7-8]").wait(timeout=20) == 0
-    training = called(tmp_path)[1]
-    assert training.startswith("torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d")
-    assert "--rdzv-endpoint node7:24711 --rdzv-id 4711 ppo_grid_socnav.py --seed 1000" in training

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.socnav.environment import SocNavGrid
-from envs.socnav.grid import CHANNELS, OccupancyGrid
+from envs.socnav.grid import OccupancyGrid
 from envs.socnav.scenarios import Scenario
 from envs.socnav.starts import World
 
@@ -77,20 +77,6 @@ def test_obstacles_are_the_cells_whose_centre_is_solid(where, resolutions):
     assert compared or resolution < 0.5
 
 
-@pytest.mark.parametrize(("resolution", "unit"), [(0.5, 0.25), (0.25, 0.25), (0.2, 0.1), (0.125, 0.1)])
-def test_where_walls_lie_on_the_raster_the_grid_is_exact(resolution, unit):
-    """Cells of 0.25 m, or of 0.1 m for what is finer than that."""
-    boxes = np.array([(21, 20, 34, 37), (57, 14, 61, 59), (36, 45, 39, 47)]) * unit
-    scenario = a_map((96 * unit, 72 * unit), boxes.tolist(), border=5 * unit)
-    world, rng = make_world(scenario), np.random.default_rng(0)
-    for _ in range(12):
-        pose = rng.uniform((0, 0, -3), (96 * unit, 72 * unit, 3)).tolist()
-        grid = draw(world, [pose], size=20, resolution=resolution)[0, 0]
-        for row, column, x, y in cells(pose, 20, resolution):
-            solid, distance = solid_and_distance(scenario, x, y)
-            assert grid[row, column] == solid or distance < 1e-3
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.floats(-6, 6), st.floats(-6, 6)), max_size=4),
@@ -114,23 +100,6 @@ def test_pedestrians_are_the_cells_that_their_discs_touch(people, heading, shape
                 assert grid[row, column] == (nearest < 0.4), (row, column)
 
 
-@pytest.mark.parametrize(
-    ("person", "touched"),
-    [
-        ((0.25, 0.25), [(row, column) for row in (15, 16, 17) for column in (15, 16, 17)]),  # 0.35 m to the corners
-        ((0.5, 0.5), [(16, 16), (16, 17), (17, 16), (17, 17)]),
-        ((7.9, 0.25), [(15, 31), (16, 31), (17, 31)]),
-        ((8.3, 7.75), [(31, 31), (30, 31)]),
-        ((8.5, 0.0), []),
-    ],
-)
-def test_a_pedestrian_touches_these_cells(person, touched):
-    """Near the middle of a 32 x 32 grid, at its edge, and outside it."""
-    world = make_world(a_map((30, 30), []))
-    grid = draw(world, [(5, 5, 0)], ("pedestrians",), people=[(5 + person[0], 5 + person[1])])[0, 0]
-    assert {(int(r), int(c)) for r, c in np.argwhere(grid)} == set(touched)
-
-
 def a_busy_place(seed):
     rng = np.random.default_rng(seed)
     obstacles = [(x, y, x + 1.7, y + 2.3) for x, y in rng.uniform(2, 24, (5, 2))]
@@ -141,45 +110,6 @@ def a_busy_place(seed):
     )
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_combined_is_the_union(seed):
-    world, people, pose = a_busy_place(seed)
-    obstacles, pedestrians, combined = draw(world, [pose], CHANNELS[:3], people=people)[0]
-    assert 0 < pedestrians.sum() < 12 * 9
-    assert (pedestrians & ~obstacles.astype(bool)).any()
-    np.testing.assert_array_equal(combined, obstacles | pedestrians)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_turning_the_robot_a_quarter_turns_the_grid_back(seed):
-    world, people, (x, y, heading) = a_busy_place(seed)
-    poses = [(x, y, heading + quarter * math.pi / 2) for quarter in range(4)]
-    grids = draw(world, poses, CHANNELS, people=people)
-    for quarter in (1, 2, 3):
-        np.testing.assert_array_equal(grids[quarter], np.rot90(grids[0], quarter, axes=(1, 2)))
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_driving_shifts_the_grid(seed):
-    world, people, (x, y, _) = a_busy_place(seed)
-    here, ahead, left = draw(world, [(x, y, 0), (x + 1.5, y, 0), (x, y + 2.5, 0)], CHANNELS[:3], people=people)
-    np.testing.assert_array_equal(ahead[:, :, :-3], here[:, :, 3:])
-    np.testing.assert_array_equal(left[:, :-5], here[:, 5:])
-    near = draw(world, [(x, y, 0), (x + 1.5, y, 0)], ("near",))[:, 0]
-    np.testing.assert_array_equal(near[1, :, :-12], near[0, :, 12:])
-
-
-def test_forward_is_along_columns_and_left_along_rows():
-    world = make_world(a_map((40, 40), [(25, 19, 27, 21)]))
-    for pose, rows, columns in (((20, 20, 0), (14, 18), (26, 30)), ((26, 14, math.pi / 2), (14, 18), (26, 30))):
-        (obstacles,) = draw(world, [pose])[0]
-        seen = np.argwhere(obstacles)
-        assert (seen.min(0) == (rows[0], columns[0])).all()
-        assert (seen.max(0) + 1 == (rows[1], columns[1])).all()
-    (obstacles,) = draw(world, [(26, 14, 0)])[0]  # it is to the left
-    assert np.argwhere(obstacles)[:, 0].min() == 26
-
-
 @pytest.mark.parametrize("resolution", [0.5, 1.0, 0.3])
 def test_near_is_obstacles_four_times_as_fine(resolution):
     world, people, pose = a_busy_place(0)
@@ -188,23 +118,6 @@ def test_near_is_obstacles_four_times_as_fine(resolution):
     np.testing.assert_array_equal(near, fine)
     (coarse,) = draw(world, [pose], ("obstacles",), resolution=resolution)[0]
     assert (near != coarse).any()
-
-
-def test_channels_come_in_the_order_asked_for():
-    world, people, pose = a_busy_place(1)
-    planes = dict(zip(CHANNELS, draw(world, [pose], CHANNELS, people=people)[0]))
-    assert len({plane.tobytes() for plane in planes.values()}) == 4
-    for order in (("near", "combined", "obstacles", "pedestrians"), ("pedestrians",), ("combined", "near")):
-        for name, plane in zip(order, draw(world, [pose], order, people=people)[0], strict=True):
-            np.testing.assert_array_equal(plane, planes[name])
-
-
-def test_every_robot_sees_its_own_map():
-    one, two = a_map((20, 20), [(8, 8, 12, 9)]), a_map((33, 14), [(12, 5, 13, 8)])
-    poses, maps = [(6, 6, 0.4), (9, 6, 1.0), (15, 7, -2.0), (6, 6, 0.4)], [0, 1, 1, 0]
-    together = draw(make_world(one, two), poses, CHANNELS, people=[(7, 7)], maps=maps)
-    for pose, which, grid in zip(poses, maps, together):
-        np.testing.assert_array_equal(grid, draw(make_world((one, two)[which]), [pose], CHANNELS, people=[(7, 7)])[0])
 
 
 @pytest.mark.parametrize(("size", "resolution"), [(64, 0.5), (40, 0.25), (16, 1.0)])

@@ -1,10 +1,7 @@
 """The structure of the project: which module may import which, what an import loads, which code is shared."""
 
 import ast
-import dataclasses
-import importlib
 import json
-import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -140,17 +137,3 @@ def test_train_calls_few_functions_of_the_support(script):
     assert {"collect_rollout", "ppo_update", "ppo_loss", "gae"} <= reached
     assert "check_finite" in support
     assert len(support) <= 20, sorted(support)
-
-
-def test_every_setting_is_used():
-    """Somewhere in the script or the run support, as args.NAME or "NAME", outside the dataclass that declares it."""
-    support = "".join(
-        (ROOT / "envs" / f"{name}.py").read_text() for name in ("run", "cli", "evaluation", "distributed")
-    )
-    for script in SCRIPTS:
-        text = MODULES[script].read_text() + support
-        if script == "bc_pretrain":  # it builds the GridAgent of the other script
-            text += MODULES["ppo_grid_socnav"].read_text()
-        for field in dataclasses.fields(importlib.import_module(script).Args):
-            used = rf'(args\.|"){field.name}\b|"--{field.name.replace("_", "-")}'
-            assert re.search(used, text), f"{script}: {field.name} has no effect"
