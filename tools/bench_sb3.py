@@ -1,75 +1,28 @@
-"""Train with Stable-Baselines3 as the scripts here do: same environments, same settings, same progress.csv.
+"""Train with Stable-Baselines3 in a Gymnasium environment, with the settings and the progress.csv of ppo_continuous.py.
 
     python tools/bench_sb3.py --env-id HalfCheetah-v5                  needs pip install -e ".[bench]"
 
-The settings are those of ppo_continuous.py. Two differences remain: VecNormalize updates its statistics in every step
-instead of once per rollout, and with value clipping Stable-Baselines3 uses the clipped error instead of the larger one.
+Two differences remain: VecNormalize updates its statistics in every step instead of once per rollout, and with value
+clipping Stable-Baselines3 uses the clipped error instead of the larger one.
 """
 
 import csv
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gymnasium.spaces import Box
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecNormalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from envs.batch_env import BatchEnv, GymVec
+from envs import BUNDLED, UserError
 from envs.cli import one_line_errors, parse
-from envs.run import make_envs
 from ppo_continuous import Args
-
-
-class NativeVecEnv(VecEnv):
-    """A vector environment of this project for Stable-Baselines3, with actions scaled to [-1, 1]."""
-
-    def __init__(self, envs: BatchEnv):
-        self.envs, self.first_seed, space = envs, None, envs.single_action_space
-        self.center, self.half_range = (space.high + space.low) / 2, (space.high - space.low) / 2
-        super().__init__(envs.num_envs, envs.single_observation_space, Box(-1, 1, space.shape, np.float32))
-
-    def seed(self, seed: int | None = None) -> Sequence[int | None]:
-        self.first_seed = seed
-        return [seed] * self.num_envs
-
-    def reset(self) -> np.ndarray:
-        obs, _ = self.envs.reset(seed=self.first_seed)
-        self.first_seed = None
-        return obs
-
-    def step_async(self, actions: np.ndarray) -> None:
-        self.actions = self.center + self.half_range * np.clip(actions, -1, 1)
-
-    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
-        obs, reward, terminated, truncated, info = self.envs.step(self.actions)
-        infos: list[dict] = [{} for _ in range(self.num_envs)]
-        for i in np.flatnonzero(terminated | truncated):
-            end = {"terminal_observation": info["final_obs"][i], "TimeLimit.truncated": bool(truncated[i])}
-            infos[i] = end | {"episode": {name: float(info["episode"][name][i]) for name in "rl"}}
-        return obs, reward, terminated | truncated, infos
-
-    def close(self) -> None:
-        self.envs.close()
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list:
-        return [getattr(self.envs, attr_name)] * self.num_envs
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise NotImplementedError
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list:
-        raise NotImplementedError
-
-    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        return [False] * self.num_envs
 
 
 def sb3_settings(args: Args) -> dict[str, Any]:
@@ -101,9 +54,9 @@ def sb3_settings(args: Args) -> dict[str, Any]:
 class Progress(BaseCallback):
     """Writes step, mean return of the last 100 episodes and steps/s after each rollout."""
 
-    def __init__(self, path: Path, action_repeat: int):
+    def __init__(self, path: Path):
         super().__init__()
-        self.path, self.action_repeat = path, action_repeat
+        self.path = path
 
     def _on_training_start(self) -> None:
         self.file = open(self.path, "w", newline="", encoding="utf-8")  # noqa: SIM115 (closed at the end of training)
@@ -123,7 +76,7 @@ class Progress(BaseCallback):
         self.file.close()
 
     def _write(self) -> None:
-        step = self.num_timesteps * self.action_repeat
+        step = self.num_timesteps
         returns = [episode["r"] for episode in self.model.ep_info_buffer]
         mean = float(np.mean(returns)) if returns else ""
         self.writer.writerow([step, mean, step / (time.time() - self.begin)])
@@ -131,17 +84,15 @@ class Progress(BaseCallback):
 
 def train_sb3(args: Args) -> PPO:
     """Train as ppo_continuous.py would with these settings; progress.csv is written to the run directory."""
-    envs = make_envs(args)
-    if isinstance(envs, GymVec):
-        env: VecEnv = make_vec_env(args.env_id, args.num_envs, seed=args.seed)
-    else:
-        env = NativeVecEnv(envs)
+    if args.env_id in BUNDLED:
+        raise UserError(f"{args.env_id}: Stable-Baselines3 trains in Gymnasium's environments, such as HalfCheetah-v5")
+    env = make_vec_env(args.env_id, args.num_envs, seed=args.seed)
     env = VecNormalize(env, norm_obs=args.norm_obs, norm_reward=args.norm_reward, gamma=args.gamma)
     folder = Path(args.run_root) / (args.run_name or f"sb3__{args.env_id}__seed{args.seed}")
     folder.mkdir(parents=True, exist_ok=True)
     model = PPO("MlpPolicy", env, **sb3_settings(args))
     total = args.num_iterations * args.num_envs * args.num_steps
-    model.learn(total, callback=Progress(folder / "progress.csv", envs.action_repeat))
+    model.learn(total, callback=Progress(folder / "progress.csv"))
     return model
 
 

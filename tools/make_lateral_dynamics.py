@@ -1,16 +1,16 @@
-"""Make the dynamics that LateralControl-v0 uses when it is given no other model.
+"""Train the bundled dynamics of LateralControl-v0.
 
-    python tools/make_lateral_dynamics.py                           writes envs/assets/lateral_dynamics.onnx, reports
+    python tools/make_lateral_dynamics.py                           writes envs/assets/lateral_dynamics.onnx
     python tools/make_lateral_dynamics.py --output other.onnx --seed 1
 
-1. `Cars` simulates cars with tyres, a steering motor and gusts, and `Drivers` drives them in every manner.
-2. `Network` learns to foresee a car's next lateral acceleration y_t from its last 6 steps, in units of the noise:
+1. `Cars` simulates cars with tires, a steering motor and gusts; `Drivers` steers them in many ways.
+2. `Network` predicts the next lateral acceleration y_t from the last 6 steps, in units of the noise:
        mu_t = y_{t-1} + f(steer, bank, v, a of t-5..t, y of t-6..t-1),    loss = Huber((y_t - mu_t) / sd(v_t))
-3. `export` writes it with the inputs and the output of the comma controls challenge's model, so that the simulator
-   runs either. That output is logits over 1024 values y_k, which the simulator divides by 0.8 before it samples:
+3. `export` writes it with the inputs and outputs of the challenge's model. The output is logits over 1024 values y_k,
+   which the simulator divides by 0.8 before it samples:
        logit_k = -0.4 ((y_k - mu) / sd)^2,    softmax(logit / 0.8)_k ~ exp(-(y_k - mu)^2 / (2 sd^2))
 
-Everything here follows from the textbook's single-track model; nothing is derived from the challenge's model or data.
+It is derived from the single-track model of textbooks, not from the challenge's model or data.
 """
 
 import logging
@@ -31,42 +31,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import envs
 from envs import UserError
 from envs.cli import one_line_errors
-from envs.evaluation import make_scripted_policy, rollout
-from envs.lateral import EMBEDDED, MAX_JUMP, MAX_STEER
+from envs.evaluation import rollout
+from envs.lateral import CONTROLLERS, EMBEDDED, MAX_JUMP, MAX_STEER
 from envs.lateral_model import BINS
 from envs.lateral_segments import CONTEXT, DT, SYNTHETIC
 from envs.run import write_file
 
 Values = TypeVar("Values", float, np.ndarray, torch.Tensor)
 
-LAGS = 6  # steps that the network looks back
+LAGS = 6  # past steps in the input of the network
 WILD, TAME = (0.03, 0.1, 0.3, 0.6, 1.2, 2.0, 2.0), (0.03, 0.1)  # amplitudes of steering
 
 
 @dataclass
 class Args:
-    seed: int = 0
-    """seed of the cars, of what they meet and of the network"""
-    cars: int = 1024
-    """simulated cars, each a little different"""
-    steps: int = 500
-    """steps of 0.1 s that each car drives"""
-    hidden: int = 64
-    """units in each of the two hidden layers"""
-    epochs: int = 40
-    """passes over the data"""
-    batch_size: int = 1024
-    """samples per gradient step"""
-    learning_rate: float = 4e-3
-    """highest learning rate of Adam: it rises to it at first, then falls to 0"""
-    threads: int = 1
-    """CPU threads"""
-    output: str = str(EMBEDDED)
-    """where to write the network"""
+    seed: int = 0  # seed of cars, roads and network
+    cars: int = 1024  # number of simulated cars, each a little different
+    steps: int = 500  # steps of 0.1 s per car
+    hidden: int = 64  # units of both hidden layers
+    epochs: int = 40  # passes over the data
+    batch_size: int = 1024  # samples per gradient step
+    learning_rate: float = 4e-3  # maximum learning rate of the one-cycle schedule
+    threads: int = 1  # CPU threads
+    output: str = str(EMBEDDED)  # file of the network
 
 
 def noise_sd(v: Values) -> Values:
-    """Sd (m/s^2) of what nobody can foresee of the next lateral acceleration: a fast car is shaken more. v: m/s."""
+    """Standard deviation of the noise of the lateral acceleration (m/s^2) at speed v (m/s)."""
     return 0.004 + 0.036 * v / 36
 
 
@@ -77,18 +68,17 @@ class Cars:
         Iz r'         = lf Ff - lr Fr                Fr = grip(Cr (lr r - vy) / v)
         D delta'      = G motor - Ff L / (m lr) - delta V^2 / L
 
-    In the last line the motor works against the tyres' aligning torque, a damper and a centring spring, all in units of
-    lateral acceleration. In a steady bend v r = v^2 / (v^2 + V^2) (G motor + bank): nearly G per unit of steer when
-    fast, less when slow, nothing when standing. Stiff tyres make the answer complete within 0.5 s of the command.
+    In the last line the motor acts against the aligning torque of the tires, a damper and a centering spring, all in
+    units of lateral acceleration. In a steady bend v r = v^2 / (v^2 + V^2) (G motor + bank).
     """
 
     substeps = 20
     dead_time = 2  # steps from a command to the motor
     motor_lag = 0.05  # s
-    motor_limit = 2.4  # the motor saturates softly here, units of steer
+    motor_limit = 2.4  # soft saturation of the motor, units of steer
     mass, lf, lr = 1500.0, 1.3, 1.5  # kg, m, m
     gust_tau = 1.5  # s
-    white = 0.25  # share of the unforeseeable variance that passes at once; the rest are gusts, which last
+    white = 0.25  # fraction of the noise variance that is white; the rest are gusts
 
     def __init__(self, n: int, rng: np.random.Generator):
         def vary(value: float, sd: float) -> np.ndarray:
@@ -98,13 +88,13 @@ class Cars:
         self.stiff_front, self.stiff_rear = vary(200e3, 0.05), vary(350e3, 0.05)  # Cf, Cr, N/rad
         self.grip = vary(8.5, 0.05) * self.mass / 2  # N per axle
         self.gain = vary(2.05, 0.03)  # G, m/s^2 per unit of steer
-        self.centring = vary(6.0, 0.05)  # V, m/s
+        self.centering = vary(6.0, 0.05)  # V, m/s
         self.damping = vary(10.0, 0.05)  # D, m/s^2 per rad/s
         self.commands = np.zeros((self.dead_time, n))
         self.motor, self.delta, self.vy, self.r, self.gust = np.zeros((5, n))
 
     def step(self, steer: np.ndarray, bank: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """Lateral acceleration (n,), v r with the gusts, that is measured 0.1 s after the command `steer` (n,)."""
+        """Lateral acceleration (n,), v r and gusts, 0.1 s after the command `steer` (n,)."""
         command, self.commands = self.commands[0], np.concatenate([self.commands[1:], steer[None]])
         command = self.motor_limit * np.tanh(command / self.motor_limit)
         base, h = self.lf + self.lr, DT / self.substeps
@@ -116,11 +106,11 @@ class Cars:
             front = self.grip * np.tanh(self.stiff_front * slip_front / self.grip)
             rear = self.grip * np.tanh(self.stiff_rear * slip_rear / self.grip)
             aligning = front * base / (self.mass * self.lr)
-            torque = self.gain * self.motor - aligning - self.delta * self.centring**2 / base
+            torque = self.gain * self.motor - aligning - self.delta * self.centering**2 / base
             self.vy += h * ((front + rear) / self.mass + bank - v * self.r)
             self.r += h * (self.lf * front - self.lr * rear) / (self.mass * self.lf * self.lr)  # Iz = m lf lr
             self.delta += h * torque / self.damping
-        # Gusts of such a size that the best one-step forecast, a steady Kalman filter, errs by noise_sd
+        # With this size of the gusts the best one-step prediction, a Kalman filter, has an error of noise_sd
         variance, keep = noise_sd(v) ** 2, np.exp(-DT / self.gust_tau)
         innovation = (1 - self.white) * (1 - keep**2 * self.white) * variance
         normal = self.rng.standard_normal((2, len(v)))
@@ -143,7 +133,7 @@ def roads(n: int, steps: int, rng: np.random.Generator) -> tuple[np.ndarray, np.
 
 
 class Drivers:
-    """n manners of steering, each changed every few seconds: a learning controller will come upon all of them."""
+    """n ways of steering, each changed every few seconds."""
 
     def __init__(self, n: int, rng: np.random.Generator, sizes: tuple[float, ...]):
         self.n, self.rng, self.sizes = n, rng, sizes
@@ -151,7 +141,7 @@ class Drivers:
         self.period = np.ones(n)
 
     def steer(self, y: np.ndarray, bank: np.ndarray) -> np.ndarray:
-        """Commands (n,) from the lateral accelerations y (n,) measured last."""
+        """Commands (n,) from the last lateral accelerations y (n,)."""
         rng, n = self.rng, self.n
         new = rng.random(n) < DT / 4
         self.kind = np.where(new, rng.integers(0, 8, n), self.kind)
@@ -183,13 +173,13 @@ def drive(args: Args, rng: np.random.Generator, wild: bool) -> tuple[torch.Tenso
     steer, y, seen = np.zeros((3, args.steps, args.cars))
     foreseeable = np.ones((args.steps, args.cars), bool)
     for t in range(1, args.steps):
-        # A rare shove, which the network needn't foresee, shows it cars far from where they would be by themselves
+        # Rare disturbances, which are not predicted, give samples far from the usual states
         shoved = (rng.random(args.cars) < DT / 30) & wild
         cars.gust += shoved * 2.5 * rng.standard_normal(args.cars)
         foreseeable[t] = ~shoved
         steer[t] = drivers.steer(seen[t - 1], bank[t])
         y[t] = np.clip(cars.step(steer[t], bank[t], v[t]), BINS[0], BINS[-1])
-        seen[t] = np.clip(y[t], seen[t - 1] - MAX_JUMP, seen[t - 1] + MAX_JUMP)  # as the simulator lets it be seen
+        seen[t] = np.clip(y[t], seen[t - 1] - MAX_JUMP, seen[t - 1] + MAX_JUMP)
     width = BINS[1] - BINS[0]
     seen = BINS[0] + width * np.round((seen - BINS[0]) / width)
     states = np.stack([steer, bank, v, a], axis=-1)
@@ -201,7 +191,7 @@ def drive(args: Args, rng: np.random.Generator, wild: bool) -> tuple[torch.Tenso
 
 
 class Network(nn.Module):
-    """Foresees the next lateral acceleration."""
+    """Predicts the next lateral acceleration."""
 
     def __init__(self, hidden: int):
         super().__init__()
@@ -213,7 +203,7 @@ class Network(nn.Module):
     def mean(self, past: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """past: (b, LAGS, 4), before: (b, LAGS) -> mu (b,)."""
         steer, bank, v, a = past.unbind(2)
-        answer = v**2 / (v**2 + 36)  # neither steering nor bank moves a car that stands
+        answer = v**2 / (v**2 + 36)  # a standing car does not respond
         last = before[:, -1:]
         inputs = [2 * steer * answer, 2 * bank * answer, v / 10 - 2, a, 5 * (before[:, :-1] - last), last]
         return (last + 0.1 * self.net(torch.cat(inputs, dim=1))).clamp(-5, 5)[:, 0]
@@ -226,14 +216,14 @@ class Network(nn.Module):
 
 
 def train(args: Args, data: tuple[torch.Tensor, ...]) -> Network:
-    """Adam on errors in units of the noise. Huber's loss: what wild steering leaves unsure mustn't blur the rest."""
+    """Minimize the Huber loss of the errors in units of the noise, which limits the influence of wild steering."""
     network = Network(args.hidden)
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate)
     batches = len(data[0]) // args.batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.epochs * batches)
     for _ in range(args.epochs):
-        for rows in torch.randperm(len(data[0]))[: batches * args.batch_size].view(batches, -1):
-            past, before, after = (x[rows] for x in data)
+        for indices in torch.randperm(len(data[0]))[: batches * args.batch_size].view(batches, -1):
+            past, before, after = (x[indices] for x in data)
             sd = noise_sd(past[:, -1, 2])
             loss = nn.functional.huber_loss(network.mean(past, before) / sd, after / sd, delta=2.0)
             optimizer.zero_grad()
@@ -246,7 +236,7 @@ def train(args: Args, data: tuple[torch.Tensor, ...]) -> Network:
 
 def export(network: Network, path: Path) -> None:
     """Write an ONNX file with inputs states, tokens, output `output` and any batch size."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of a missing torchvision, which nothing needs
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is missing
     example = (torch.zeros(2, CONTEXT, 4), torch.zeros(2, CONTEXT, dtype=torch.int64))
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings():
@@ -262,46 +252,23 @@ def export(network: Network, path: Path) -> None:
         )
     model = program.model_proto
     for part in [model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output]:
-        part.ClearField("metadata_props")  # where in the exporter's source it came from: half of the file
+        part.ClearField("metadata_props")  # source lines of the exporter, half of the file
     write_file(path, model.SerializeToString())
 
 
 def report(path: Path, network: Network, unseen: tuple[torch.Tensor, ...]) -> None:
-    """Print how well the network foresees cars that it never saw, how it answers, and how hard the task becomes."""
+    """Print the one-step error for cars that were not trained on, and the costs of the scripted controllers."""
     past, before, after = unseen
-    v = past[:, -1, 2].numpy()
     with torch.no_grad():
-        error = (after - network.mean(past, before)).numpy()
-    print(f"{path.stat().st_size / 1024:.0f} KB, {sum(p.numel() for p in network.parameters())} parameters")
-    print(f"one-step rmse {rms(error):.4f} m/s^2, noise floor {rms(noise_sd(v)):.4f}, with tame steering")
-    print("v (m/s)   rmse   sampling sd   lateral acceleration per unit of steer, steps 0.. after a step, steady")
-    for low in range(0, 40, 5):
-        here, middle = (v >= low) & (v < low + 5), low + 2.5
-        answer = step_response(network, middle)
-        early = " ".join(f"{x:5.2f}" for x in answer[:7])
-        print(f"{middle:7.1f}  {rms(error[here]):.4f}   {noise_sd(middle):.4f}        {early} ... {answer[-1]:.2f}")
+        rmse = (after - network.mean(past, before)).square().mean().sqrt().item()
+    floor = noise_sd(past[:, -1, 2]).square().mean().sqrt().item()
+    print(f"one-step RMSE {rmse:.4f} m/s^2, noise {floor:.4f} m/s^2")
     episodes = SYNTHETIC["test"]
-    for name in ("pid", "velocity-pid", "feedforward"):
-        mode = "absolute" if name == "pid" else "delta"
-        options = {"training": False, "split": "test", "action_mode": mode, "model_path": str(path)}
+    for name, controller in CONTROLLERS.items():
+        options = {"training": False, "split": "test", "model_path": str(path), **controller.env_kwargs}
         vec = envs.make_vec("LateralControl-v0", episodes, **options)
-        costs = [result["total_cost"] for result in rollout(make_scripted_policy(name, vec), vec, episodes, seed=0)]
-        print(f"{name}: mean total_cost {np.mean(costs):.1f}, median {np.median(costs):.1f}, {episodes} test segments")
-
-
-def rms(x: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(x))))
-
-
-def step_response(network: Network, v: float, size: float = 0.2, steps: int = 60) -> np.ndarray:
-    """Lateral acceleration (steps,) per unit of steer after a step of `size`, without noise."""
-    past, y = torch.zeros(1, 2 * steps, 4), torch.zeros(1, 2 * steps)
-    past[:, :, 2] = v
-    past[:, steps:, 0] = size
-    with torch.no_grad():
-        for t in range(LAGS, 2 * steps):
-            y[:, t] = network.mean(past[:, t - LAGS + 1 : t + 1], y[:, t - LAGS : t])
-    return ((y[0, steps:] - y[0, steps - 1]) / size).numpy()
+        costs = [result["total_cost"] for result in rollout(controller(), vec, episodes, seed=0)]
+        print(f"{name}: mean total_cost {np.mean(costs):.1f}, median {np.median(costs):.1f}")
 
 
 def main() -> None:
@@ -310,8 +277,6 @@ def main() -> None:
         path = Path(args.output)
         if not path.parent.is_dir():
             raise UserError(f"{path.parent}: no such folder; choose another --output")
-        if args.cars * (args.steps - CONTEXT) < 2 * args.batch_size:
-            raise UserError("fewer samples than two batches; more --cars or --steps, or a smaller --batch-size")
         torch.set_num_threads(args.threads)
         torch.manual_seed(args.seed)
         begin = time.perf_counter()
