@@ -301,6 +301,7 @@ class VideoRecorder:
             skip = math.ceil(self.fps / 12)
             images = [Image.fromarray(frame) for frame in self.frames[::skip]]
             images = [image.resize((400, round(400 * image.height / image.width))) for image in images]
+            images = [image.quantize(128, Image.Quantize.MAXCOVERAGE) for image in images]  # half the size
             duration = 1000 * skip / self.fps  # ms
             images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0)
         else:

@@ -84,7 +84,7 @@ def table(runs: list[dict]) -> pd.DataFrame:
         row["wall time (s)"] = None if run["config"]["resumed"] else summary.get("wall_time_s")
         rows.append(row)
     frame = pd.DataFrame(rows, index=[run["path"] for run in runs]).dropna(axis=1, how="all")
-    numbers = frame.drop(columns="seed").astype(float)
+    numbers, frame = frame.drop(columns="seed").astype(float), frame.astype(object)
     frame.loc["mean"] = numbers.mean(skipna=False)
     if len(runs) > 1:
         frame.loc["+- (95 %)"] = stats.t.ppf(0.975, len(runs) - 1) * numbers.sem(skipna=False)
@@ -233,7 +233,8 @@ def main() -> None:
         names = {"baseline": args.baseline, "pretrained": args.pretrained} if args.baseline else {"runs": args.runs}
         groups = {label: [read_run(path) for path in paths] for label, paths in names.items()}
         if args.runs:
-            print(table(groups["runs"]).to_markdown(floatfmt=".4g", missingval="-"))
+            text = table(groups["runs"]).map(lambda x: "-" if pd.isna(x) else f"{x:,.0f}" if x >= 1000 else f"{x:.4g}")
+            print(text.to_markdown(disable_numparse=True))
         else:
             print(compare(groups["baseline"], groups["pretrained"], args.criterion))
         print(origin([run for group in groups.values() for run in group]))
