@@ -1,4 +1,4 @@
-"""The commands, code, links and pictures of README.md, CONTRIBUTING.md and runs/README.md are right."""
+"""The commands, code, links and pictures of the documentation are right."""
 
 import ast
 import difflib
@@ -23,8 +23,8 @@ from helpers import placeholder_export
 from envs import BUNDLED, check_kwargs, cli, constructor_parameters, run
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = ("README.md", "CONTRIBUTING.md", "runs/README.md")
-README = (ROOT / "README.md").read_text()
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+DOCS = ("README.md", "CONTRIBUTING.md", "runs/README.md", *PAGES)
 sys.path.insert(0, str(ROOT / "tools"))
 
 
@@ -46,11 +46,12 @@ def code(name):
 def commands():
     """(script or tool, its arguments) of every command of ours, with values for the variables of the shell."""
     values = {"S": "1000", "ENV": "HalfCheetah-v5"}
-    for line in code("README.md"):
+    lines = [line for name in DOCS for line in code(name)]
+    for line in lines:
         if assignment := re.fullmatch(r'(\w+)="(.*)"', line):
             values[assignment[1]] = assignment[2]
     found = []
-    for line in [line for name in DOCS for line in code(name)]:
+    for line in lines:
         line = re.sub(r"\$\(\(.*?\)\)", "901000", line).replace(" ...", "")
         line = re.sub(r"\$(\w+)", lambda variable: values[variable[1]], line)
         match = re.match(
@@ -133,7 +134,11 @@ def real_diff():
 
 
 def test_the_diff_of_the_two_scripts_is_the_real_one():
-    assert blocks(README, "diff") == [real_diff()]
+    """docs/so101.md has all of it, and the README lines of it."""
+    assert blocks((ROOT / "docs/so101.md").read_text(), "diff") == [real_diff()]
+    (excerpt,) = blocks((ROOT / "README.md").read_text(), "diff")
+    lines = iter(real_diff().splitlines())
+    assert all(line in lines for line in excerpt.splitlines())  # in this order
 
 
 def test_the_cells_of_the_notebook_work(tmp_path, monkeypatch):
@@ -141,7 +146,8 @@ def test_the_cells_of_the_notebook_work(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("agg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "export_onnx", placeholder_export)
-    cells = blocks(README[README.index("### In a notebook") :], "python")[:4]
+    page = (ROOT / "docs/lateral.md").read_text()
+    cells = blocks(page[page.index("## In a notebook") :], "python")[:4]
     assert "train(args)" in cells[0]
     cells[0] = cells[0].replace("total_timesteps=128_000", "total_timesteps=25_600, eval_episodes=10")
     (shell,) = re.findall(r"^!python tools/(\w+)\.py (.*)$", cells[3], re.MULTILINE)
@@ -173,7 +179,8 @@ def test_the_commands_for_the_challenge_fine_tune_a_clone(tmp_path, monkeypatch)
     """Shorter, and with the embedded dynamics."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "export_onnx", placeholder_export)
-    section = README[README.index("With the challenge's files") : README.index("### Deploy in the challenge")]
+    page = (ROOT / "docs/lateral.md").read_text()
+    section = page[page.index("With the challenge's files") : page.index("## Deploy in the challenge")]
     lines = re.findall(
         r"^    python (\w+)\.py (.*?) (?:--env-kwargs \$FILES)?$", section.replace("clone\n", "clone \n"), re.M
     )
@@ -212,15 +219,19 @@ def test_the_environment_of_the_guide_keeps_the_contract_and_trains(tmp_path, mo
 def test_links_lead_to_files_and_headings_and_every_picture_is_shown():
     shown = set()
     for name in DOCS:
-        text = (ROOT / name).read_text()
-        headings = [
-            re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.M)
-        ]
-        for link in re.findall(r"\]\(([^)\s]+)\)", text):
-            if link.startswith("#"):
-                assert link[1:] in headings, link
-            elif not link.startswith("http"):
-                assert (ROOT / name).parent.joinpath(link).exists(), link
-                shown.add(link)
+        for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / name).read_text()):
+            if link.startswith("http"):
+                continue
+            path, _, anchor = link.partition("#")
+            file = (ROOT / name).parent / path if path else ROOT / name
+            assert file.exists(), (name, link)
+            assert not anchor or anchor in headings(file), (name, link)
+            shown.add(str(file.resolve().relative_to(ROOT)))
     pictures = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*") if path.suffix in (".gif", ".png")}
     assert pictures <= shown
+
+
+def headings(file):
+    """Anchors of the headings of a page."""
+    lines = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines]
