@@ -146,7 +146,7 @@ def mlp(sizes: list[int], gain: float) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """Gaussian policy and value function. All methods take raw observations (..., obs_dim)."""
+    """Gaussian policy and value function of raw observations (..., obs_dim)."""
 
     def __init__(self, obs_dim: int, low: np.ndarray, high: np.ndarray, args: Args):
         super().__init__()

@@ -87,7 +87,8 @@ LATERAL = {
 # another one, and explicit flags override both. --env-id X --help and --preset X --help show the result.
 PRESETS: dict[str, dict] = {
     "LateralControl-v0": LATERAL,
-    # LateralControl-v0 with the challenge's own car model, --pretrained with a clone of the feedforward controller
+    # For the comma controls challenge: --env-kwargs model_path tinyphysics.onnx data_path DIR, and --pretrained with a
+    # clone of the controller `feedforward`
     "tinyphysics": {
         **LATERAL, "total_timesteps": 920_000, "num_steps": 100, "learning_rate": 5e-4, "gamma": 0.97,
         "gae_lambda": 1.0, "init_log_std": -3.2, "final_log_std": -3.6, "critic_warmup_updates": 5,
@@ -158,7 +159,7 @@ def mlp(sizes: list[int], gain: float) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """Gaussian policy and value function. All methods take raw observations (..., obs_dim)."""
+    """Gaussian policy and value function of raw observations (..., obs_dim)."""
 
     def __init__(self, obs_dim: int, low: np.ndarray, high: np.ndarray, args: Args):
         super().__init__()
@@ -222,8 +223,8 @@ def collect_rollout(
     """Step all environments num_steps times. Return the rollout, the observation to continue from and the episodes that
     ended.
 
-    The environments reset in the step that ends an episode (SAME_STEP autoreset), and info["final_obs"] holds the last
-    observation of the episode. So each transition has its true successor, and the last step needs no special case.
+    The environments reset in the step that ends an episode (SAME_STEP autoreset); info["final_obs"] (N, obs_dim) is its
+    last observation. So each transition has its true successor, and the last step needs no special case.
     """
     device = agent.log_std.device
     transitions, episodes = [], []
@@ -395,7 +396,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
     step, best = 0, None
     obs, _ = envs.reset(seed=args.seed)
 
-    # --resume restores everything and returns a checkpoint; --pretrained loads the agent alone and returns None
+    # --resume also restores the random generators and returns a checkpoint; --pretrained only loads the agent
     checkpoint = restore(args, "policy", agent, optimizer=optimizer, reward_scaler=reward_scaler)
     if checkpoint:
         obs = envs.load_state_dict(checkpoint["envs"])
@@ -437,7 +438,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
             stats = ppo_update(agent, optimizer, backward_fn, batch, args, critic_only)
             stats["learning_rate"] = optimizer.param_groups[0]["lr"]
             # Later updates of the normalizer come after the epochs, so that old and new log-probabilities use the same
-            # normalization. There are none during the critic warm-up, in which the policy must not change.
+            # normalization. There are none during the critic warm-up, in which the mean action must not change.
             if args.norm_obs and not (normalizer_is_empty or critic_only or args.freeze_obs_stats):
                 agent.normalizer.update(rollout.obs.flatten(0, 1))
             check_update(agent, stats, step)  # raises FloatingPointError unless all is finite

@@ -509,7 +509,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
     step, best = 0, None
     raw_obs, _ = envs.reset(seed=dist.local_seeds(args))
 
-    # --resume restores everything and returns a checkpoint; --pretrained loads the agent alone and returns None
+    # --resume also restores the random generators and returns a checkpoint; --pretrained only loads the agent
     checkpoint = restore(args, "policy", agent, optimizer=optimizer, reward_scaler=reward_scaler)
     if checkpoint:
         step, best = checkpoint["step"], checkpoint["best"]

@@ -157,7 +157,7 @@ def mlp(sizes: list[int], gain: float) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """Gaussian policy and value function. All methods take raw observations (..., obs_dim)."""
+    """Gaussian policy and value function of raw observations (..., obs_dim)."""
 
     def __init__(self, obs_dim: int, low: np.ndarray, high: np.ndarray, args: Args):
         super().__init__()
@@ -236,8 +236,8 @@ def collect_rollout(
     """Step all environments num_steps times. Return the rollout, the observation to continue from and the episodes that
     ended.
 
-    The environments reset in the step that ends an episode (SAME_STEP autoreset), and info["final_obs"] holds the last
-    observation of the episode. So each transition has its true successor, and the last step needs no special case.
+    The environments reset in the step that ends an episode (SAME_STEP autoreset); info["final_obs"] (N, obs_dim) is its
+    last observation. So each transition has its true successor, and the last step needs no special case.
     """
     device = agent.log_std.device
     transitions, episodes = [], []
@@ -406,7 +406,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
     step, best = 0, None
     obs, _ = envs.reset(seed=args.seed)
 
-    # --resume restores everything and returns a checkpoint; --pretrained loads the agent alone and returns None
+    # --resume also restores the random generators and returns a checkpoint; --pretrained only loads the agent
     checkpoint = restore(args, "residual", agent, optimizer=optimizer, reward_scaler=reward_scaler)
     if checkpoint:
         obs = envs.load_state_dict(checkpoint["envs"])
@@ -447,7 +447,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
             stats["learning_rate"] = optimizer.param_groups[0]["lr"]
             stats["residual_magnitude"] = rollout.action.clamp(-1, 1).norm(dim=-1).mean().item()
             # Later updates of the normalizer come after the epochs, so that old and new log-probabilities use the same
-            # normalization. There are none during the critic warm-up, in which the policy must not change.
+            # normalization. There are none during the critic warm-up, in which the mean action must not change.
             if args.norm_obs and not (normalizer_is_empty or critic_only or args.freeze_obs_stats):
                 agent.normalizer.update(rollout.obs.flatten(0, 1))
             check_update(agent, stats, step)  # raises FloatingPointError unless all is finite
