@@ -229,7 +229,7 @@ def training_data(agent: nn.Module, dataset: Dataset, args: Args) -> dict[str, T
     for start in range(0, len(dataset["reward"]), 4096):
         obs = dataset.obs(slice(start, start + 4096))
         if isinstance(obs, dict):
-            obs = agent.encode_obs({name: torch.as_tensor(x) for name, x in obs.items()})
+            obs = agent.encode_obs({name: torch.as_tensor(x) for name, x in obs.items()})  # no trainable parameters
         features.append(torch.as_tensor(obs))
     action = (torch.as_tensor(dataset["action"]) - agent.action_bias) / agent.action_scale
     returns = returns_to_go(dataset["reward"], dataset["episode_starts"], dataset["terminated"], args.gamma)
@@ -337,7 +337,7 @@ def train(args: Args) -> dict:
             # Cloning cannot be resumed: Ctrl-C, SIGTERM or SIGUSR1 make this epoch the last one
             is_last = epoch == args.epochs or epoch - best["step"] == args.patience or run.stop_requested
             if is_last:
-                agent.load_state_dict(best["agent"])
+                agent.load_state_dict(best["agent"])  # the best epoch is evaluated and logged with the last one
                 evaluation = best["evaluation"] = run.evaluate(DeterministicPolicy(agent), epoch)
             run.log(epoch, stats, evaluation=evaluation)
             if is_last:
@@ -365,13 +365,13 @@ class Recorder:
         executed_action = action + self.noise_std * self.rng.standard_normal(action.shape)
         if self.dagger_policy is not None:
             executed_action[1::2] = self.dagger_policy(obs)[1::2]
-        executed_action = executed_action.astype(np.float32)
+        executed_action = executed_action.astype(np.float32)  # which the environment clips
         obs = demonstrations.pack_obs(obs, self.packed)
         self.step = {**obs, "action": action, "executed_action": executed_action}
         return executed_action
 
     def on_step(self, episodes: np.ndarray, reward: np.ndarray, terminated: np.ndarray, done: np.ndarray) -> None:
-        """Called after each step. Environment i is in episode episodes[i]."""
+        """Called after each step. Environment i is in episode episodes[i]; only the last `terminated` of one is kept."""
         step = {**self.step, "reward": reward.astype(np.float32), "terminated": terminated}
         for i, episode in enumerate(episodes.tolist()):
             self.running.setdefault(episode, []).append({name: x[i].copy() for name, x in step.items()})
