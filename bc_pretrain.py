@@ -371,7 +371,7 @@ class Recorder:
         return executed_action
 
     def on_step(self, episodes: np.ndarray, reward: np.ndarray, terminated: np.ndarray, done: np.ndarray) -> None:
-        """Called after each step. Environment i is in episode episodes[i]; only the last `terminated` of one is kept."""
+        """Called after each step. Environment i is in episode episodes[i]; its last `terminated` is kept."""
         step = {**self.step, "reward": reward.astype(np.float32), "terminated": terminated}
         for i, episode in enumerate(episodes.tolist()):
             self.running.setdefault(episode, []).append({name: x[i].copy() for name, x in step.items()})
