@@ -399,7 +399,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
     # --resume also restores the random generators and returns a checkpoint; --pretrained only loads the agent
     checkpoint = restore(args, "policy", agent, optimizer=optimizer, reward_scaler=reward_scaler)
     if checkpoint:
-        obs = envs.load_state_dict(checkpoint["envs"])
+        obs = envs.load_state_dict(checkpoint["envs"])  # returns the observations
         step, best = checkpoint["step"], checkpoint["best"]
 
     def policy_state() -> dict:

@@ -9,7 +9,7 @@ features and the encoder between observation and network:
     goal          waypoint and route direction, clipped and rescaled
     symmetry      the mean action is mu(o) = (f(o) + M f(M o)) / 2, where M mirrors features or actions
 
-Rays are read through an index table and are nearly free on a CPU; the CNN is for GPUs and long runs. Symmetry is built
+Rays are read through an index table and are nearly free on a CPU; the CNN is for GPUs. Symmetry is built
 in rather than learned (Abdolhosseini et al. 2019), which lowers the failure rate in unseen places. The features without
 parameters are in envs/socnav/features.py.
 
@@ -466,7 +466,7 @@ def ppo_update(
 
 
 def make_grid_agent(envs: VectorEnv, args: Args) -> GridAgent:
-    """Raises UserError if the observations are not those of SocNavGrid-v0 or have no channel that the policy reads."""
+    """Raises UserError if the observations are not those of SocNavGrid-v0, or for invalid encoder settings."""
     space = envs.single_observation_space
     if not isinstance(space, Dict) or "grid" not in space.spaces:
         raise UserError("observations must be those of SocNavGrid-v0; ppo_continuous.py takes flat ones")
@@ -492,7 +492,7 @@ def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None =
     args, device = setup(args, distributed=True)
     torch.set_num_threads(1 if args.dry_run else args.threads)  # on busy cores, waiting threads use CPU time
     dist.init_process_group(args)
-    args = dist.same_checkpoint(args)
+    args = dist.same_checkpoint(args)  # --resume: all ranks use the file that rank 0 finds
     local_args = dist.local_args(args)  # num_envs and minibatch_size of this rank; args has the totals over all ranks
     reward_kwargs = {"reward": args.reward} | ({"reward_weights": args.reward_weights} if args.reward_weights else {})
     envs = make_envs(local_args, device=device.type, **reward_kwargs)
