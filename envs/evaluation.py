@@ -236,7 +236,7 @@ def converged_at(evaluations: list[dict], criterion: dict[str, float] | None) ->
     for evaluation in evaluations if criterion else []:
         values = figures(evaluation)
         if missing := [name for name in criterion if name not in values]:
-            raise UserError(f"--stop-at-convergence {missing[0]}: choose from {', '.join(values)}")
+            raise UserError(f"{missing[0]} is not a metric of these evaluations; choose from {', '.join(values)}")
         signs = {name: -1 if name in LOWER_IS_BETTER else 1 for name in criterion}
         met = all(sign * values[name] >= sign * criterion[name] for name, sign in signs.items())
         consecutive = [*consecutive, evaluation["step"]] if met else []
