@@ -22,8 +22,8 @@ def pytest_addoption(parser):
 def smaller_training_world():
     """Every fifth variant of the training scenarios, since to draw the starts of all takes ten seconds."""
 
-    def some(split, training, scenario):
-        return choose(split, training, scenario)[:: 5 if training and scenario is None else 1]
+    def some(split, training, scenario, file):
+        return choose(split, training, scenario, file)[:: 5 if training and scenario is None else 1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(environment, "choose", some)

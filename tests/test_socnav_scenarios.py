@@ -9,6 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import envs
+from envs import UserError
+from envs.socnav.scenarios import check, choose, load_scenarios
+
 FILE = Path(__file__).parents[1] / "envs" / "assets" / "socnav_scenarios.json"
 SCENARIOS = json.loads(FILE.read_text())["scenarios"]
 NAMED = {s["name"]: s for s in SCENARIOS}
@@ -170,3 +174,62 @@ def test_roles_speeds_and_pauses_are_the_published_ones():
     assert single("pedestrian_obstruction")["speed"] == single("robot_overtaking")["speed"] == 0.3
     assert single("pedestrian_overtaking")["speed"] == 0.8
     assert {p["speed"] for p in NAMED["classic_realworld_double_bottleneck_high"]["pedestrians"]} == {0.7}
+
+
+# Scenarios of one's own
+
+
+MAPS = json.loads((Path(__file__).parents[1] / "docs" / "own_maps.json").read_text())["scenarios"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sise": [9, 9]}, "unknown key 'sise'"),
+        ({"size": 24}, r"size must be numbers of shape \(2,\)"),
+        ({"size": [24]}, r"size must be numbers of shape \(2,\)"),
+        ({"time_limit": "long"}, "time_limit must be a number"),
+        ({"name": "corner"}, "another scenario has the same name"),
+        ({"split": "trian"}, "split must be train, validation or test"),
+        ({"robot": {"start": [2, 6, 4, 10]}}, "goal is missing"),
+        ({"obstacles": [[3, 7, 5, 8]]}, "the robot's route is inside an obstacle"),
+        ({"obstacles": [[1, 9, 5, 12]]}, "the robot's start is inside an obstacle"),
+        ({"obstacles": [[14, 1, 15, 15]]}, "the robot's route is inside an obstacle"),
+        ({"obstacles": [[9, 5, 8, 6]]}, "a box must be"),
+        ({"time_limit": 50}, "the route takes at least 9"),
+        ({"crowds": [{"route": [[12, 2], [12, 18]], "density": 0.1}]}, "crowds.0. is inside an obstacle"),
+        ({"crowds": [{"density": 0.1}]}, "give either a route of at least two points or a zone"),
+        ({"pedestrians": [{"path": [[8.5, 5.5]]}]}, "pedestrians.0.: path is inside an obstacle"),
+        ({"pedestrians": [{"path": [[18, 11]], "role": "sit"}]}, "unknown role 'sit'; choose from wait"),
+        ({"pedestrians": [{"path": [[18, 11]], "wait": [[1, 2]]}]}, "indices of its points"),
+        ({"pedestrians": [5]}, "scenario lobby"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_a_wrong_scenario_is_one_line(change, message, tmp_path):
+    """With the robot's route from x = 3 to 21 along y = 8."""
+    file = tmp_path / "maps.json"
+    file.write_text(json.dumps({"scenarios": [MAPS[1], {**MAPS[0], **change}]}))
+    with pytest.raises(UserError, match=message) as refused:
+        envs.make_vec("SocNavGrid-v0", 1, scenarios=str(file))
+    assert "\n" not in str(refused.value)
+
+
+def test_own_scenarios_and_their_splits(tmp_path):
+    file = tmp_path / "maps.json"
+    file.write_text(json.dumps({"scenarios": [{**MAPS[0], "split": "train"}, MAPS[1]]}))
+    names = {split: [one.name for one in choose(split, False, None, str(file))] for split in ("train", "test")}
+    assert names == {"train": ["lobby", "corner"], "test": ["corner"]}
+    env = envs.make_vec("SocNavGrid-v0", 2, split="test", training=False, scenarios=str(file))
+    env.reset(seed=0)
+    assert env.world.names == ["corner"]
+    assert env.limit.tolist() == [400, 400]
+    file.write_text(json.dumps({"scenarios": [{**MAPS[0], "split": "test"}]}))
+    load_scenarios.cache_clear()
+    with pytest.raises(ValueError, match="no scenario for the validation split"):
+        choose("validation", False, None, str(file))
+
+
+def test_the_bundled_scenarios_pass_the_checks_of_a_file():
+    for scenario in load_scenarios().values():
+        check(scenario)

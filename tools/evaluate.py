@@ -116,9 +116,9 @@ def main() -> None:
     with one_line_errors():
         args = tyro.cli(Args, description=__doc__)
         result = run(args)
-        report(result)
-        if args.json:
+        if args.json:  # before the report, which fails if it is piped into head
             write_json(Path(args.json), result)
+        report(result)
 
 
 if __name__ == "__main__":

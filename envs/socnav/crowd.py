@@ -16,7 +16,8 @@ from envs.socnav.dynamics import (
     rotate,
     unit,
 )
-from envs.socnav.starts import LOOP, RESPAWN, ROLES, SPEED_CAP, World
+from envs.socnav.scenarios import ROLES
+from envs.socnav.starts import LOOP, RESPAWN, SPEED_CAP, World
 
 JOIN, LEAVE = ROLES.index("join"), ROLES.index("leave")
 ESCORTS = [ROLES.index(role) for role in ("follow", "lead", "accompany")]

@@ -22,7 +22,7 @@ from envs.socnav.crowd import Crowd
 from envs.socnav.drawing import Drawing
 from envs.socnav.dynamics import DT, PEDESTRIAN_RADIUS, drive, from_rectangles, length, make_robot, rotate
 from envs.socnav.grid import CHANNELS, OccupancyGrid
-from envs.socnav.scenarios import choose
+from envs.socnav.scenarios import FILE, choose
 from envs.socnav.starts import World
 
 GOAL_RADIUS = 1.0  # m beyond the robot's own, within which a waypoint counts as reached
@@ -37,10 +37,10 @@ STARTS = {"train": 10, "validation": 64, "test": 256}  # per scenario or variant
 
 @functools.lru_cache(maxsize=8)
 def load_world(
-    split: str, training: bool, scenario: str | None, pedestrians: bool, density: float | None, device: str
+    split: str, training: bool, scenario: str | None, file: str, pedestrians: bool, density: float | None, device: str
 ) -> World:
     """The starts of a split. They are cached, because every evaluation needs them."""
-    chosen = choose(split, training, scenario)
+    chosen = choose(split, training, scenario, file)
     if density is not None:
         chosen = [replace(one, crowds=tuple(replace(c, density=density) for c in one.crowds)) for one in chosen]
     return World(chosen, STARTS[split], pedestrians, training, f"{split} {training}", device)
@@ -108,6 +108,7 @@ class SocNavGrid(BatchEnv):
             reward `simple`. True: random scenarios, also mirrored, scaled and with additional boxes; the robot may
             start anywhere on its route, in either direction and not aligned with it, and up to four more pedestrians
             cross its route or stand on it.
+        scenarios: JSON file with other scenarios; docs/own_maps.md describes it.
         scenario: use this scenario only.
         robot: differential or bicycle.
         robot_radius: m.
@@ -136,6 +137,7 @@ class SocNavGrid(BatchEnv):
         num_envs: int = 1,
         training: bool = True,
         split: str = "train",
+        scenarios: str = FILE,
         scenario: str | None = None,
         robot: str = "differential",
         robot_radius: float = 0.6,
@@ -169,7 +171,7 @@ class SocNavGrid(BatchEnv):
             render_mode, device if self.on_gpu else None,
         )  # fmt: skip
         self.device = torch.device(device)
-        self.world = load_world(split, training, scenario, pedestrians, crowd_density, device)
+        self.world = load_world(split, training, scenario, scenarios, pedestrians, crowd_density, device)
         self.snqi = metrics.load_snqi(snqi)
         steps = float(self.world.limit.double().mean())
         self.weights = metrics.REWARDS["simple"]

@@ -1,25 +1,30 @@
 """The scenarios, and their mirrored, scaled and cluttered variants.
 
 A scenario is a map of axis-aligned rectangles, a route for the robot, and pedestrians: crowds along a route or in a
-zone, and single ones with a path and a role. The file is assets/socnav_scenarios.json, in m and s, x right, y up.
+zone, and single ones with a path and a role. docs/own_maps.md describes the files, in m and s, x right, y up.
 """
 
 import functools
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FILE = Path(__file__).parents[1] / "assets" / "socnav_scenarios.json"
+from envs.evaluation import read_json
+from envs.socnav.dynamics import DT, PEDESTRIAN_RADIUS
+
+FILE = str(Path(__file__).parents[1] / "assets" / "socnav_scenarios.json")
 NOMINAL_SPEED = 0.5  # m/s of a pedestrian
 LANE = 3.0  # m, width of a route, for its density
 GATES, CLUTTER = 4, 6  # largest numbers of gate boxes and of all boxes in a cluttered scenario
 TRAINING_VARIANTS = [(mirror, scale) for scale in (1.0, 0.85, 1.15) for mirror in (False, True)]
 VALIDATION_VARIANTS = [(True, 0.92), (False, 1.25), (True, 1.08)]  # of every third training scenario in turn
+
+ROBOT_RADIUS, ROBOT_SPEED = 0.6, 2.0  # m and m/s of the default robot, for the checks of a file
+ROLES = (None, "wait", "follow", "lead", "accompany", "join", "leave")
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 Point = tuple[float, float]
@@ -61,11 +66,11 @@ class Single:
 @dataclass(frozen=True)
 class Scenario:
     name: str
-    split: str
     size: Point
     time_limit: int  # steps
     start: Box
     goal: Box
+    split: str | None = None  # None: in all splits
     via: tuple[Point, ...] = ()
     obstacles: tuple[Box, ...] = ()
     border: float = 1.0  # thickness of the surrounding wall, m
@@ -88,20 +93,94 @@ def frozen(x: Any) -> Any:
     return tuple(frozen(item) for item in x) if isinstance(x, list) else x
 
 
+SHAPES = {  # of entries that are numbers; -1 is any length
+    **dict.fromkeys(("time_limit", "border", "density", "speed", "delay"), ()),
+    **dict.fromkeys(("size", "offset"), (2,)), **dict.fromkeys(("start", "goal", "zone"), (4,)),
+    **dict.fromkeys(("via", "route", "path", "wait"), (-1, 2)), "obstacles": (-1, 4),
+}  # fmt: skip
+
+
+def has_shape(value: Any, shape: tuple[int, ...]) -> bool:
+    try:
+        found = np.array(value, float).shape
+    except (TypeError, ValueError):
+        return False
+    empty = value == [] and shape[:1] == (-1,)
+    return empty or (len(found) == len(shape) and all(n in (-1, m) for n, m in zip(shape, found)))
+
+
+def parse(kind: type, entry: dict, where: str) -> Any:
+    """An entry of the file as a dataclass. Raises ValueError for unknown, missing and malformed values."""
+    known = {field.name: field.default is MISSING for field in fields(kind)}
+    for name, value in entry.items():
+        if name not in known:
+            raise ValueError(f"{where}: unknown key {name!r}; choose from {', '.join(known)}")
+        if name in SHAPES and not has_shape(value, SHAPES[name]):
+            shape = str(SHAPES[name]).replace("-1", "n") if SHAPES[name] else ""
+            raise ValueError(f"{where}: {name} must be {f'numbers of shape {shape}' if shape else 'a number'}")
+    if missing := [name for name, required in known.items() if required and name not in entry]:
+        raise ValueError(f"{where}: {missing[0]} is missing")
+    return kind(**{name: frozen(value) for name, value in entry.items()})
+
+
+def check(scenario: Scenario) -> None:
+    """Raises ValueError for a scenario that cannot be solved, or whose pedestrians are inside obstacles."""
+    size, obstacles = np.array(scenario.size), scenario.rectangles()
+
+    def free(points: Sequence[Point], clearance: float, what: str) -> None:
+        points = np.array(points)
+        near = np.min([to_box(points, box) for box in obstacles], axis=0) < clearance
+        near |= ((points < 0) | (points > size)).any(1)
+        if near.any():
+            place = points[near][0].round(1).tolist()
+            raise ValueError(f"{what} is inside an obstacle, or less than {clearance} m from it, at {place}")
+
+    if any(x0 > x1 or y0 > y1 for x0, y0, x1, y1 in [scenario.start, scenario.goal, *scenario.obstacles]):
+        raise ValueError("a box must be [x0, y0, x1, y1] with x0 <= x1 and y0 <= y1")
+    free(corners(scenario.start), ROBOT_RADIUS, "the robot's start")
+    free(corners(scenario.goal), ROBOT_RADIUS, "the robot's goal")
+    free(robot_ways(scenario), ROBOT_RADIUS, "the robot's route")
+    route = [np.mean(corners(scenario.start), 0), *scenario.via, np.mean(corners(scenario.goal), 0)]
+    steps = np.hypot(*np.diff(route, axis=0).T).sum() / ROBOT_SPEED / DT
+    if scenario.time_limit < steps:
+        raise ValueError(f"time_limit is {scenario.time_limit}, but the route takes at least {steps:.0f} steps")
+    for k, crowd in enumerate(scenario.crowds):
+        if (len(crowd.route) < 2) == (crowd.zone is None):
+            raise ValueError(f"crowds[{k}]: give either a route of at least two points or a zone")
+        middle = [np.reshape(crowd.zone, (2, 2)).mean(0)] if crowd.zone is not None else dense(crowd.route)
+        free(middle, PEDESTRIAN_RADIUS, f"crowds[{k}]")
+    for k, one in enumerate(scenario.pedestrians):
+        if one.role not in ROLES:
+            raise ValueError(f"pedestrians[{k}]: unknown role {one.role!r}; choose from {', '.join(ROLES[1:])}")
+        if not one.path or any(not 0 <= index < len(one.path) for index, _ in one.wait):
+            raise ValueError(f"pedestrians[{k}]: path needs a point, and wait the indices of its points")
+        free(dense(one.path), PEDESTRIAN_RADIUS, f"pedestrians[{k}]: path")
+
+
 @functools.cache
-def load_scenarios() -> dict[str, Scenario]:
-    """All scenarios by name."""
-    found = {}
-    for entry in json.loads(FILE.read_text())["scenarios"]:
-        values = {
-            name: frozen(value) for name, value in entry.items() if name not in ("robot", "crowds", "pedestrians")
-        }
-        robot = {name: frozen(value) for name, value in entry["robot"].items()}
-        crowds, singles = (
-            tuple(kind(**{name: frozen(value) for name, value in one.items()}) for one in entry.get(where, ()))
-            for kind, where in ((Stream, "crowds"), (Single, "pedestrians"))
-        )
-        found[entry["name"]] = Scenario(**values, **robot, crowds=crowds, pedestrians=singles)
+def load_scenarios(file: str = FILE) -> dict[str, Scenario]:
+    """All scenarios of a file by name.
+
+    Raises:
+        ValueError: the file cannot be read or contains an invalid scenario.
+    """
+    found: dict[str, Scenario] = {}
+    for k, entry in enumerate(read_json(file).get("scenarios", ())):
+        name = entry.get("name", k) if isinstance(entry, dict) else k
+        try:
+            parts = {"crowds": Stream, "pedestrians": Single}
+            people = {key: tuple(parse(part, one, key) for one in entry.get(key, ())) for key, part in parts.items()}
+            rest = {key: value for key, value in entry.items() if key not in ("robot", *parts)}
+            scenario = replace(parse(Scenario, rest | entry.get("robot", {}), "scenario"), **people)
+            if scenario.split not in (None, "train", "validation", "test"):
+                raise ValueError(f"split must be train, validation or test, not {scenario.split!r}")
+            if name in found:
+                raise ValueError("another scenario has the same name")
+            if file != FILE:
+                check(scenario)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file}, scenario {name}: {error}") from None
+        found[name] = scenario
     return found
 
 
@@ -221,7 +300,7 @@ def overlap(a: Box, b: Box) -> bool:
     return bool(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3])
 
 
-def choose(split: str, training: bool, scenario: str | None) -> list[Scenario]:
+def choose(split: str, training: bool, scenario: str | None, file: str = FILE) -> list[Scenario]:
     """The scenarios of a split, or the one of that name.
 
     Training adds mirrored, scaled and cluttered variants. Validation has its own scenarios and other variants of
@@ -230,7 +309,7 @@ def choose(split: str, training: bool, scenario: str | None) -> list[Scenario]:
     Raises:
         ValueError: there is no such scenario, or it is kept for the test split.
     """
-    every = load_scenarios()
+    every = load_scenarios(file)
     if scenario is not None:
         if scenario not in every:
             raise ValueError(f"no scenario {scenario!r}; there are {', '.join(every)}")
@@ -238,11 +317,13 @@ def choose(split: str, training: bool, scenario: str | None) -> list[Scenario]:
             raise ValueError(f"scenario {scenario} is kept for the test split, for reports; train on another")
         chosen = [every[scenario]]
     else:
-        chosen = [one for one in every.values() if one.split == split]
+        chosen = [one for one in every.values() if one.split in (split, None)]
     if training:
         varied = [variant(one, mirror, scale) for one in chosen for mirror, scale in TRAINING_VARIANTS]
         return varied + [cluttered(one, np.random.default_rng(i)) for i, one in enumerate(varied)]
     if split == "validation" and scenario is None:
         third = [one for one in every.values() if one.split == "train"][::3]
         chosen += [variant(one, *VALIDATION_VARIANTS[i % 3]) for i, one in enumerate(third)]
+    if not chosen:
+        raise ValueError(f"{file} has no scenario for the {split} split")
     return chosen

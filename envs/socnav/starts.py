@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from envs.socnav.dynamics import PEDESTRIAN_RADIUS
-from envs.socnav.scenarios import NOMINAL_SPEED, Box, Point, Scenario, Single, Stream
+from envs.socnav.scenarios import NOMINAL_SPEED, ROLES, Box, Point, Scenario, Single, Stream
 
 SPEED_CAP = 1.3  # desired and maximum speed, relative to the nominal speed
 GROUP_SIZES = np.array([1.0, 0.3, 0.09]) / 1.39  # probabilities of groups of one, two and three
@@ -26,7 +26,6 @@ ROOM = 2.5  # m between the robot and a pedestrian of a crowd at the start
 LAPS = 8  # waypoints of a pedestrian in a zone
 GROUP_ARRIVES, SINGLE_ARRIVES = 1.0, 0.2  # m; distance at which a waypoint counts as reached
 STOP, RESPAWN, LOOP = range(3)  # at the end of a path
-ROLES = (None, "wait", "follow", "lead", "accompany", "join", "leave")
 FAR = 1e4  # m, position of unused rectangles and pedestrians
 # Cell sizes (m) of the rasters from which occupancy grids are read; the coarse one fits into the CPU cache
 COARSE, FINE = 0.25, 0.1
