@@ -54,7 +54,7 @@ class Args(RunArgs):  # RunArgs: run directory, evaluation, device, ...; steps_p
     num_steps: int = 32  # rollout length per environment
 
     grid_encoder: Literal["rays", "cnn"] = "rays"  # proximity along rays (fast), or a CNN over the grid
-    num_rays: int = 36  # rays: number of rays per obstacle channel (even)
+    num_rays: int = 36  # rays: number of rays per grid channel (even)
     cnn_channels: tuple[int, ...] = (8, 16, 16)  # cnn: channels of its three layers
     num_pedestrians: int = 8  # number of nearest pedestrians that the policy observes
     pedestrian_hidden: int = 16  # hidden units of the per-pedestrian MLP
@@ -200,22 +200,15 @@ class GridAgent(nn.Module):
     Args:
         space: observation space of SocNavGrid-v0.
         low, high: bounds of the actions.
-        channel_names: names of the grid channels.
         max_speed: m/s of the robot.
     """
 
-    def __init__(
-        self, space: Dict, low: np.ndarray, high: np.ndarray, channel_names: tuple[str, ...], max_speed: float,
-        args: Args,
-    ):  # fmt: skip
+    def __init__(self, space: Dict, low: np.ndarray, high: np.ndarray, max_speed: float, args: Args):
         super().__init__()
         self.use_cnn, self.max_speed = args.grid_encoder == "cnn", max_speed
         self.num_pedestrians = min(args.num_pedestrians, space["pedestrians"].shape[0])
-        grid_size = space["grid"].shape[-1]
-        # Rays read the obstacle channels. The CNN reads all but `combined`, the union of obstacles and pedestrians
-        readable = ("obstacles", "near", "pedestrians") if self.use_cnn else ("obstacles", "near")
-        self.channel_idx = [i for i, name in enumerate(channel_names) if name in readable]
-        channels, num_rays = len(self.channel_idx), 0 if self.use_cnn else args.num_rays
+        channels, grid_size, _ = space["grid"].shape
+        num_rays = 0 if self.use_cnn else args.num_rays
         packed_dim = channels * grid_size * ceil(grid_size / 8) if self.use_cnn else 0
         dense_dim = features.ROBOT_DIM + features.ROUTE_DIM + channels * num_rays
         sizes = [dense_dim, self.num_pedestrians * features.PEDESTRIAN_DIM, packed_dim]
@@ -248,7 +241,7 @@ class GridAgent(nn.Module):
     def encode_obs(self, raw_obs: dict[str, Tensor]) -> Tensor:
         """Convert a raw observation to features (N, obs_dim). This has no trainable parameters, so the rollout stores
         the result and all epochs reuse it."""
-        robot, grid = raw_obs["robot"], raw_obs["grid"][:, self.channel_idx]
+        robot, grid = raw_obs["robot"], raw_obs["grid"]
         route = features.route_features(raw_obs["goal"])
         nearest = raw_obs["pedestrians"][:, : self.num_pedestrians]
         pedestrians = features.pedestrian_features(nearest, raw_obs["count"], robot[:, :1] * self.max_speed).flatten(1)
@@ -472,10 +465,8 @@ def make_grid_agent(envs: VectorEnv, args: Args) -> GridAgent:
         raise UserError("observations must be those of SocNavGrid-v0; ppo_continuous.py takes flat ones")
     if args.num_rays % 2 or len(args.cnn_channels) != 3:
         raise UserError("--num-rays must be even, half of the rays on either side, and --cnn-channels three numbers")
-    if not any(name in envs.grid.channels for name in ("obstacles", "near")):
-        raise UserError(f"the policy needs a grid channel obstacles or near, not {', '.join(envs.grid.channels)}")
     low, high = float32_bounds(envs.single_action_space)
-    return GridAgent(space, low, high, envs.grid.channels, envs.robot.max_speed, args)
+    return GridAgent(space, low, high, envs.robot.max_speed, args)
 
 
 def train(args: Args, on_evaluation: Callable[[int, dict], bool | None] | None = None) -> dict:

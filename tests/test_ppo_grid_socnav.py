@@ -61,7 +61,7 @@ def make_agent(encoder="rays", channels=CHANNELS, size=SIZE, num_pedestrians=PED
         pedestrian_hidden=8, hidden_sizes=(16,),
     )  # fmt: skip
     high = np.array([1.0, 0.5], np.float32)
-    agent = ppo.GridAgent(environment.observation_space(channels, size), -high, high, channels, 2.0, args).double()
+    agent = ppo.GridAgent(environment.observation_space(channels, size), -high, high, 2.0, args).double()
     with torch.no_grad():
         agent.actor[1][-1].weight.mul_(1 / outputs(agent, observations(50, channels, size, seed=9))[:, :2].std())
         agent.log_std.copy_(torch.tensor([-0.3, 0.4]))
@@ -123,6 +123,17 @@ def test_rays_equal_a_plain_loop(size, num_rays, density):
     expected = [[*proximity_by_plain_loop(a, num_rays), *proximity_by_plain_loop(b, num_rays)] for a, b in grid]
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert 0.1 < np.mean(expected) < 0.9
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_grid_channel_is_read(encoder):
+    channels = ("pedestrians", "combined", "near")
+    agent, obs = make_agent(encoder, channels), observations(50, channels)
+    before = outputs(agent, obs)
+    for k in range(3):
+        grid = obs["grid"].clone()
+        grid[:, k] = 0
+        assert (outputs(agent, {**obs, "grid": grid}) - before).abs().amax() > 1e-3
 
 
 @pytest.mark.parametrize("size", [SIZE, 10])
