@@ -181,8 +181,10 @@ class SingleEnv(gym.Env):
         obs = first(obs)
         if terminated[0] or truncated[0]:
             self.next_obs, obs = obs, first(info["final_obs"])
-            names = [name for name in info if f"_{name}" in info and name not in ("final_obs", "episode")]
-            info = {name: info[name][0].item() for name in names}
+        names = [name for name in info if f"_{name}" in info and name not in ("final_obs", "episode")]
+        terms = {name: x for name, x in info.items() if isinstance(x, dict) and name != "episode"}  # of each step
+        info = {name: info[name][0].item() for name in names}
+        info |= {name: {key: x[0].item() for key, x in values.items()} for name, values in terms.items()}
         return obs, float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def render(self) -> np.ndarray | None:

@@ -17,6 +17,7 @@ from envs import UserError, make_vec
 from envs.batch_env import BatchEnv
 from envs.evaluation import read_pt
 from envs.run import save_pt
+from envs.socnav.metrics import load_snqi
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import evaluate
@@ -180,8 +181,8 @@ def test_the_video_of_an_episode_of_one_step_has_one_frame(command, tmp_path):
         ("zero --env-id LateralControl-v0 --episodes 10000", "10000 evaluation episodes: the test split has"),
         ("RUN --seed -1", "--seed must be from 0 to"),
         ("RUN --threads 0", "--threads must be from 1 to"),
-        ("RUN --json missing/x.json", "--json missing/x.json: no file can be written there"),
-        ("RUN --json .", "--json .: no file can be written there"),
+        ("RUN --json missing/x.json", "missing/x.json: no file can be written there"),
+        ("RUN --json .", ".: no file can be written there"),
         ("RUN --video x.avi", "--video x.avi: must end in .mp4 or .gif"),
         ("RUN --video x.gif --render human", "excludes --render"),
     ],
@@ -189,3 +190,15 @@ def test_the_video_of_an_episode_of_one_step_has_one_frame(command, tmp_path):
 def test_what_cannot_work_is_refused_in_one_line(line, message, arm, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(line.replace("RUN", str(arm / "arm")), message)
+
+
+def test_a_baseline_of_the_snqi(command, tmp_path):
+    """Medians and 95th percentiles of the episodes, with linear interpolation; the environment reads the file."""
+    line = "pursuit --env-id SocNavGrid-v0 --env-kwargs scenario francis2023_frontal_approach grid_size 2 --episodes 3"
+    assert command(f"{line} --json {tmp_path}/result.json --snqi-baseline {tmp_path}/snqi.json")[0] == 0
+    baselines = load_snqi(str(tmp_path / "snqi.json"))["baselines"]
+    episodes = json.loads((tmp_path / "result.json").read_text())["per_episode"]
+    low, middle, high = sorted(episode["jerk"] for episode in episodes)
+    assert baselines["jerk"] == pytest.approx({"median": middle, "p95": middle + 0.9 * (high - middle)})
+    assert baselines["collisions"]["median"] == sorted(episode["failure"] for episode in episodes)[1]
+    assert low < high

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -240,6 +241,18 @@ def test_each_reward_by_hand(reward, expected, tmp_path):
     vec = SocNavGrid(1, training=False, reward=reward, **arguments)
     vec.reset(seed=0)
     assert a_step(vec) == pytest.approx(-0.1 / 400, abs=1e-7)  # the published task pays the same whatever was trained
+
+
+def test_terms_of_the_snqi_in_each_step():
+    expected = {"near_misses": 1, "force_exceed": 3, "comfort_exposure": 0.75, "jerk": 0.583095}
+    env = gym.make("SocNavGrid-v0", reward="snqi_step", scenario="classic_head_on_corridor_medium", **TINY)
+    env = env.unwrapped
+    env.reset(seed=0)
+    a_step(env.batch)
+    assert {name: x[0] for name, x in env.batch.terms.items()} == pytest.approx(expected, abs=1e-5)
+    info = env.step(np.zeros(2, np.float32))[4]
+    assert info["snqi_step"].keys() == expected.keys()
+    assert info["snqi_step"]["near_misses"] is True
 
 
 def test_weights_from_a_file(tmp_path):

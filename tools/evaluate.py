@@ -5,6 +5,7 @@
     python tools/evaluate.py runs/<run>/policy.onnx --json result.json     also of a residual run: the base is added
     python tools/evaluate.py pid --env-id LateralControl-v0                a scripted controller
     python tools/evaluate.py runs/<run> --episodes 1 --video episode.gif   a video of the first episode (.mp4 or .gif)
+    python tools/evaluate.py pursuit --env-id SocNavGrid-v0 --split train --snqi-baseline snqi.json
 
 Episode i of a seed begins in the same way for every policy, so policies can be compared episode by episode.
 """
@@ -26,6 +27,7 @@ from envs import UserError, evaluation, make_vec
 from envs.cli import one_line_errors
 from envs.evaluation import Policy, describe, evaluate
 from envs.run import BaseArgs, EnvKwargs, check_args, write_json
+from envs.socnav import metrics
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Args:
     split: Literal["train", "validation", "test"] = "test"  # split that the episodes come from
     compare_base: bool = False  # also evaluate the base policy of a residual policy, on the same episodes
     json: str | None = None  # write the result to this file
+    snqi_baseline: str | None = None  # SocNavGrid-v0: write medians and 95th percentiles of the SNQI here
     video: str | None = None  # record the first episode in this file, .mp4 or .gif
     render: Literal["human"] | None = None  # show the episodes in a window
     threads: int = 1  # CPU threads of the bundled simulators
@@ -47,8 +50,9 @@ def check(args: Args) -> None:
     """Raises UserError for a setting that cannot work, before anything is evaluated."""
     if args.episodes < 0:
         raise UserError(f"--episodes must be 0 or more, not {args.episodes}")
-    if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
-        raise UserError(f"--json {args.json}: no file can be written there; give a file name in an existing folder")
+    for file in filter(None, (args.json, args.snqi_baseline)):
+        if Path(file).is_dir() or not Path(file).parent.is_dir():
+            raise UserError(f"{file}: no file can be written there; give a file name in an existing folder")
     if args.video and (args.render or Path(args.video).suffix not in (".mp4", ".gif")):
         raise UserError(f"--video {args.video}: must end in .mp4 or .gif, and excludes --render")
     if (args.video or "").endswith(".mp4") and find_spec("imageio_ffmpeg") is None:
@@ -88,6 +92,8 @@ def run(args: Args) -> dict:
     check(args)
     torch.set_num_threads(1)  # faster for small networks
     policy, task = load(args)
+    if args.snqi_baseline and task.env_id != "SocNavGrid-v0":
+        raise UserError(f"--snqi-baseline is for SocNavGrid-v0, not {task.env_id}")
     if args.compare_base and not hasattr(policy, "base_policy"):
         raise UserError(f"--compare-base: {args.policy} is not a residual policy; leave it out")
     file = Path(args.policy) / "best.pt" if Path(args.policy).is_dir() else Path(args.policy)
@@ -118,6 +124,9 @@ def main() -> None:
         result = run(args)
         if args.json:  # before the report, which fails if it is piped into head
             write_json(Path(args.json), result)
+        if args.snqi_baseline:
+            weights = metrics.load_snqi(result["env_kwargs"].get("snqi"))["weights"]
+            write_json(Path(args.snqi_baseline), metrics.snqi_baseline(result["per_episode"], weights))
         report(result)
 
 

@@ -113,7 +113,9 @@ class SocNavGrid(BatchEnv):
         robot: differential or bicycle.
         robot_radius: m.
         training_margin: m that are added to the robot's radius in training, so that the policy keeps clear.
-        reward: name of the training reward; see metrics.REWARDS.
+        reward: name of the training reward; see metrics.REWARDS. With snqi_step, info["snqi_step"] of each step has
+            near_misses (0 or 1), force_exceed (number of pedestrians), comfort_exposure (fraction) and jerk (change of
+            the action), (N,) each.
         reward_weights: JSON file {term: weight} that replaces its weights; see metrics.TERMS.
         snqi: JSON file with weights and baselines of the SNQI.
         grid_resolution: size of a cell, m.
@@ -174,7 +176,7 @@ class SocNavGrid(BatchEnv):
         self.world = load_world(split, training, scenario, scenarios, pedestrians, crowd_density, device)
         self.snqi = metrics.load_snqi(snqi)
         steps = float(self.world.limit.double().mean())
-        self.weights = metrics.REWARDS["simple"]
+        self.reward, self.weights = reward if training else "simple", metrics.REWARDS["simple"]
         if training:  # evaluating a policy does not need the file
             self.weights = metrics.reward_weights(reward, reward_weights, self.snqi, steps)
         forces = peds_have_static_obstacle_forces, peds_have_robot_repulsion
@@ -197,7 +199,10 @@ class SocNavGrid(BatchEnv):
 
     @torch.inference_mode()
     def step(self, actions: Array) -> tuple[dict, Array, Array, Array, dict]:
-        return super().step(actions)
+        *result, info = super().step(actions)
+        if self.reward == "snqi_step":
+            info["snqi_step"] = self.terms
+        return *result, info
 
     @torch.inference_mode()
     def reset(self, *, seed: int | list | None = None, options: dict | None = None) -> tuple[dict, dict]:
@@ -233,6 +238,8 @@ class SocNavGrid(BatchEnv):
         step = self._move(torch.as_tensor(action, device=self.device).float().T / self.scale)
         reward = sum(weight * metrics.TERMS[name](step) for name, weight in self.weights.items())
         self.sums += torch.stack([step.near, step.felt, step.share, step.change, step.way])
+        names = ("near_misses", "force_exceed", "comfort_exposure", "jerk")
+        self.terms = {name: self._out(x) for name, x in zip(names, (step.near, step.felt, step.share, step.change))}
         done = step.goal | step.pedestrian | step.wall
         measured = self._measure(step) if (done | step.timeout).any() else {}
         return self._out(reward), self._out(done), measured

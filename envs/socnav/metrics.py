@@ -111,6 +111,14 @@ def snqi(metrics: dict[str, np.ndarray], settings: dict[str, dict]) -> np.ndarra
     return w["success"] * metrics["success"] - cost
 
 
+def snqi_baseline(episodes: list[dict], weights: dict[str, float]) -> dict[str, dict]:
+    """The contents of a file for `snqi`, with medians and 95th percentiles of these episodes."""
+    values = {name: [episode[name] for episode in episodes] for name in ("near_misses", "force_exceed", "jerk")}
+    values["collisions"] = [float(episode["failure"]) for episode in episodes]
+    quantiles = {name: np.quantile(x, [0.5, 0.95]).tolist() for name, x in values.items()}
+    return {"weights": weights, "baselines": {name: {"median": x[0], "p95": x[1]} for name, x in quantiles.items()}}
+
+
 def reward_weights(reward: str, path: str | None, snqi_settings: dict[str, dict], steps: float) -> dict[str, float]:
     """{term: weight} of a reward, or the weights of a file, which must have the same terms and may have others.
 
