@@ -39,7 +39,17 @@ from envs import UserError, check_flat_box, demonstrations, evaluation, float32_
 from envs.cli import one_line_errors, parse
 from envs.demonstrations import Dataset, read_dataset
 from envs.evaluation import EVAL_ENVS, DeterministicPolicy, Policy, check_same_kwargs, check_update
-from envs.run import BaseArgs, EnvKwargs, Run, check_args, check_evaluation, load_agent, policy_contents
+from envs.run import (
+    BaseArgs,
+    EnvKwargs,
+    Run,
+    Thresholds,
+    check_args,
+    check_evaluation,
+    check_metrics,
+    load_agent,
+    policy_contents,
+)
 
 
 @dataclass(kw_only=True)
@@ -90,6 +100,11 @@ class Args(BaseArgs):  # BaseArgs: environment, evaluation, run directory, track
     norm_obs: bool | None = None  # normalize observations with the statistics of the training episodes
     hidden_sizes: tuple[int, ...] | None = None  # hidden layer sizes of actor and critic
     eval_episodes: int | None = None  # episodes of the evaluation; 0 = all, if the environment has a fixed number
+    eval_every: int = 0  # epochs between evaluations, which then select best.pt; 0 = by validation loss, evaluated last
+    best_metric: str = "auto"  # with --eval-every: metric that selects best.pt, as in the PPO scripts
+    stop_at_convergence: Thresholds | None = (
+        None  # with --eval-every: stop when three evaluations meet METRIC THRESHOLD
+    )
 
     grid_encoder: Literal["rays", "cnn"] = "rays"  # encoder of occupancy grids: fixed rays (fast) or a CNN
     num_rays: int = 36  # rays per grid channel; even
@@ -299,9 +314,12 @@ def train(args: Args) -> dict:
         raise UserError("--minibatch-size must be 1 or more, and --val-fraction below 1")
     dataset, args = load_dataset(args)
     check_evaluation(args)
+    if args.stop_at_convergence and args.eval_every == 0:
+        raise UserError("--stop-at-convergence needs --eval-every, a number of epochs")
     torch.set_num_threads(1)  # for layers of 64 units more threads cost more than they save
     torch.manual_seed(args.seed)
     envs = make_vec(args.env_id, 1, **args.env_kwargs)
+    check_metrics(args, envs)
     agent = make_clone(envs, args)
     check_same_kwargs(str(dataset.file), dataset.env_kwargs, args.env_kwargs, envs)
     if mismatch := demonstrations.shape_mismatch(dataset, envs):
@@ -313,7 +331,7 @@ def train(args: Args) -> dict:
     val_data = {name: x[val_idx] for name, x in data.items()}
     if args.norm_obs:
         agent.normalizer.update(train_data["obs"])
-    script, best = Path(__file__).stem, {}
+    script, best = Path(__file__).stem, None
 
     def policy_state() -> dict:
         """The contents of a policy file: the best epoch."""
@@ -329,14 +347,20 @@ def train(args: Args) -> dict:
                 value_error = agent.value(val_data["obs"]) - val_data["returns"]
                 stats["validation/critic_loss"] = value_error.square().mean().item()
             check_update(agent, stats, epoch)
-            if not best or stats["validation/loss"] < best["loss"]:
-                best = {"step": epoch, "loss": stats["validation/loss"], "agent": deepcopy(agent.state_dict())}
-                run.save("best.pt", policy_state())
-
-            evaluation = None
             # Cloning cannot be resumed: Ctrl-C, SIGTERM or SIGUSR1 make this epoch the last one
-            is_last = epoch == args.epochs or epoch - best["step"] == args.patience or run.stop_requested
-            if is_last:
+            is_last, evaluation = epoch == args.epochs or run.stop_requested, None
+            if args.eval_every == 0:
+                improved = best is None or stats["validation/loss"] < best["loss"]
+            else:
+                if is_last or epoch % args.eval_every == 0:
+                    evaluation = run.evaluate(DeterministicPolicy(agent), epoch)
+                improved = evaluation is not None and run.is_best(evaluation, best)
+            if improved:
+                best = {"step": epoch, "loss": stats["validation/loss"], "agent": deepcopy(agent.state_dict())}
+                best["evaluation"] = evaluation
+                run.save("best.pt", policy_state())
+            is_last = is_last or run.converged or (best is not None and epoch - best["step"] >= args.patience)
+            if is_last and args.eval_every == 0:
                 agent.load_state_dict(best["agent"])  # the best epoch is evaluated and logged with the last one
                 evaluation = best["evaluation"] = run.evaluate(DeterministicPolicy(agent), epoch)
             run.log(epoch, stats, evaluation=evaluation)
@@ -417,31 +441,9 @@ def collect(args: CollectArgs) -> Path:
     totals = {"episodes": len(results), "env_steps": sum(result["length"] for result in results)}  # all, kept or not
     about = {"env_id": env_id, "env_kwargs": env_kwargs, "collected_with": asdict(args), "totals": totals}
     dataset = demonstrations.write_dataset(file, episodes, kept, {**about, "packed": packed}, policies)
-    print(f"{args.policy}: {evaluation.describe(dataset.metadata)}\n{file}: {dataset.metadata['quality']}")
+    quality = demonstrations.write_quality(dataset, demonstrations.run_checks(dataset))
+    print(f"{args.policy}: {evaluation.describe(dataset.metadata)}\n{file}: {quality}")
     return file
-
-
-def validate(args: ValidateArgs) -> bool:
-    """Check a dataset, print the results and note its quality in the metadata. Returns whether all checks pass."""
-    dataset = read_dataset(args)
-    problems = demonstrations.run_checks(dataset)
-    for check, problem in problems.items():
-        print(f"FAILED  {check}: {problem}" if problem else f"ok      {check}")
-    print(f"{dataset.file}: {demonstrations.write_quality(dataset, problems)}")
-    return not any(problems.values())
-
-
-def inspect(args: InspectArgs) -> None:
-    """Print the metadata and statistics of a dataset, or describe and optionally replay one of its episodes."""
-    dataset = read_dataset(args)
-    if args.episode is None:
-        if args.video or args.render:
-            raise UserError("--video and --render show one episode; choose it with --episode")
-        print(f"{dataset.env_id}, {evaluation.describe(dataset.metadata)}, {dataset.metadata['quality']}")
-    for name, x in dataset.arrays.items():
-        print(f"{name:15} {x.shape} {x.dtype}")
-    if args.episode is not None:
-        demonstrations.replay(dataset, args.episode, args.video, args.render)
 
 
 def load_policy(checkpoint: dict, envs: VectorEnv) -> Policy:
@@ -462,8 +464,8 @@ def main() -> None:
         if isinstance(args, CollectArgs):
             collect(args)
         elif isinstance(args, InspectArgs):
-            inspect(args)
-        elif not validate(args):
+            demonstrations.inspect(args)
+        elif not demonstrations.validate(args):
             sys.exit(1)
 
 

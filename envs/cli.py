@@ -74,7 +74,7 @@ def parse(args_class: type, argv: list[str] | None = None, prog: str | None = No
         content = read_json(config)
         values = content.get("args", content)
         if not isinstance(values, dict):
-            raise UserError(f"{config}: args must be a JSON object of settings, not {values!r}")
+            raise UserError(f"{config}: args must be an object of settings, not {values!r}")
     if source:
         values = {name: x for name, x in values.items() if name not in NOT_INHERITED}
         values = args_class.check_values(values, source)

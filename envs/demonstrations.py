@@ -13,8 +13,8 @@ Arrays over the m episodes:
     terminated       (m,) bool; False if the time limit truncated the episode
     scenario         (m,) text, for environments with scenarios
 Binary grids are stored with eight cells per byte along the last axis; metadata["packed"] has the length of that axis.
-metadata["quality"] is validated if the dataset passes its checks and has 200 episodes, draft if it has fewer, and
-quarantined if a check fails.
+metadata["quality"] is validated if the dataset passes its checks, has 200 episodes and at least half of them are
+successful (where the task defines success), draft if it passes its checks only, and quarantined if a check fails.
 """
 
 import io
@@ -33,7 +33,7 @@ from envs.run import dataset_file, file_hashes, git_commit, lineage, write_file,
 STEP_KEYS = ("action", "executed_action", "reward")
 EPISODE_KEYS = ("seed", "returns", "successes", "terminated")
 REPLAYED_EPISODES = 3
-VALIDATED_EPISODES = 200  # a smaller dataset without problems is a draft
+VALIDATED_EPISODES, VALIDATED_SUCCESS = 200, 0.5  # a dataset without problems but with less is a draft
 
 
 class Dataset:
@@ -177,16 +177,20 @@ def write_dataset(
         metadata["parents"] |= {path: lineage(Path(path)) for path in files}
     arrays.clear()  # Dataset reads them again
     dataset = Dataset(file, metadata)
-    write_quality(dataset, run_checks(dataset))
     return dataset
 
 
 def write_quality(dataset: Dataset, problems: dict[str, str]) -> str:
-    """Write the metadata with the quality that follows from the checks. Returns the quality."""
-    quality = "validated" if len(dataset) >= VALIDATED_EPISODES else "draft"
-    dataset.metadata["quality"] = "quarantined" if any(problems.values()) else quality
+    """Write the metadata with the quality that follows from the checks. Returns the quality and, for a draft, why."""
+    success, reason = dataset.metadata["success_rate"], ""
+    if len(dataset) < VALIDATED_EPISODES:
+        reason = f" (fewer than {VALIDATED_EPISODES} episodes)"
+    elif success is not None and success < VALIDATED_SUCCESS:
+        reason = f" (success {success:.2f} is below {VALIDATED_SUCCESS})"
+    quality = "quarantined" if any(problems.values()) else "draft" if reason else "validated"
+    dataset.metadata["quality"] = quality
     write_json(dataset.file.with_suffix(".json"), dataset.metadata)
-    return dataset.metadata["quality"]
+    return quality + (reason if quality == "draft" else "")
 
 
 # Validating
@@ -269,3 +273,26 @@ def replay(dataset: Dataset, episode: int, video: bool, render: str | None) -> N
     if video:
         recorder.save(dataset.file.with_name(f"{dataset.file.stem}_{episode}.mp4"))
     envs.close()
+
+
+def validate(args: Any) -> bool:
+    """Check a dataset, print the results and note its quality in the metadata. Returns whether all checks pass."""
+    dataset = read_dataset(args)
+    problems = run_checks(dataset)
+    for check, problem in problems.items():
+        print(f"FAILED  {check}: {problem}" if problem else f"ok      {check}")
+    print(f"{dataset.file}: {write_quality(dataset, problems)}")
+    return not any(problems.values())
+
+
+def inspect(args: Any) -> None:
+    """Print the metadata and statistics of a dataset, or describe and optionally replay one of its episodes."""
+    dataset = read_dataset(args)
+    if args.episode is None:
+        if args.video or args.render:
+            raise UserError("--video and --render show one episode; choose it with --episode")
+        print(f"{dataset.env_id}, {evaluation.describe(dataset.metadata)}, {dataset.metadata['quality']}")
+    for name, x in dataset.arrays.items():
+        print(f"{name:15} {x.shape} {x.dtype}")
+    if args.episode is not None:
+        replay(dataset, args.episode, args.video, args.render)

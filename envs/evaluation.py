@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import tomllib
 import zipfile
 from collections.abc import Callable
 from copy import deepcopy
@@ -461,11 +462,12 @@ def read_pt(path: str | Path) -> dict:
 
 
 def read_json(path: str | Path) -> dict:
-    """A JSON file that holds one object. Raises UserError if it is missing or not such a file."""
+    """A JSON file that holds one object, or a .toml file. Raises UserError if it is missing or not such a file."""
+    kind, parse = ("TOML", tomllib.loads) if Path(path).suffix == ".toml" else ("JSON", json.loads)
     try:
-        return {**json.loads(Path(path).read_text(encoding="utf-8"))}
+        return {**parse(Path(path).read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as a JSON object ({error})") from None
+        raise UserError(f"{path}: cannot be read as a {kind} object ({error})") from None
 
 
 def resolve_policy(

@@ -116,7 +116,7 @@ class BaseArgs:
     eval_seed: int = 1  # seed of the evaluation episodes (train, validation and test use disjoint random streams)
     run_root: str = "runs"  # parent directory of all run directories
     run_name: str | None = None  # name of the run directory; default: <script>__<env id>__seed<seed>__<time>
-    config: str | None = None  # JSON file of settings, such as the config.json of a run
+    config: str | None = None  # JSON or TOML file of settings, such as the config.json of a run
     track: bool = False  # also log to Weights & Biases (offline without a login)
     capture_video: bool = False  # record the first episode of each evaluation in videos/
     dry_run: bool = False  # smoke test: one iteration, an evaluation of two episodes, all output files
@@ -266,11 +266,16 @@ def make_envs(args: Any, **kwargs: Any) -> Any:
     if group_size > 1:
         kwargs["copies"] = group_size
     envs = make_vec(args.env_id, args.num_envs, threads=args.threads, **kwargs, **args.env_kwargs)
+    check_metrics(args, envs)
+    return envs
+
+
+def check_metrics(args: Any, envs: Any) -> None:
+    """Raises UserError unless --best-metric and --stop-at-convergence name metrics of the environment."""
     known = ("success_rate", "failure_rate", "mean_return", "mean_length", *envs.measures)
     for metric in (args.best_metric, *(args.stop_at_convergence or ())):
         if metric not in ("auto", *known):
             raise UserError(f"{metric} is not a metric of {args.env_id}; choose from {', '.join(known)}")
-    return envs
 
 
 def check_evaluation(args: BaseArgs) -> None:

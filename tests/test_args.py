@@ -126,6 +126,15 @@ def test_the_config_of_a_run_gives_its_settings_but_not_its_place(tmp_path):
     assert args == ppo.Args(**settings)
 
 
+def test_a_toml_config(tmp_path):
+    (tmp_path / "a.toml").write_text("seed = 3\nhidden_sizes = [8, 9]\n[env_kwargs]\nframe_margin = 0.03\n")
+    args = parse("--config", str(tmp_path / "a.toml"))
+    assert (args.seed, args.hidden_sizes, args.env_kwargs) == (3, (8, 9), {"frame_margin": 0.03})
+    (tmp_path / "a.toml").write_text("seed: 3")
+    with pytest.raises(UserError, match=r"a\.toml: cannot be read as a TOML object"):
+        parse("--config", str(tmp_path / "a.toml"))
+
+
 def test_help_shows_the_values_in_force(capsys, tmp_path, presets):
     script = "ppo_continuous"
     assert "default: 0.0125" not in help_text(capsys, script=script)

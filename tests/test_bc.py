@@ -18,7 +18,7 @@ import bc_pretrain as bc
 import ppo_continuous
 import ppo_grid_socnav
 import ppo_residual
-from envs import demonstrations, evaluation, make_vec, run
+from envs import UserError, demonstrations, evaluation, make_vec, run
 from envs.batch_env import BatchEnv
 from envs.lateral import FeedForward, LateralControl
 
@@ -222,7 +222,7 @@ CORRUPTED = {
 def test_the_checks_find_what_is_wrong(capsys, name):
     edit, message = CORRUPTED[name]
     rewrite(edit)
-    assert not bc.validate(bc.ValidateArgs(dataset="home"))
+    assert not demonstrations.validate(bc.ValidateArgs(dataset="home"))
     assert re.search(f"^FAILED +{message}$", capsys.readouterr().out, re.MULTILINE)
     assert read("home").metadata["quality"] == "quarantined"
 
@@ -317,6 +317,37 @@ def test_early_stopping_keeps_the_best_epoch(monkeypatch):
     ((epoch, mean_return),) = [(one["step"], one["mean_return"]) for one in lines(Path("runs/run/evaluations.jsonl"))]
     expected = evaluation.evaluate(load_clone("runs/run"), train_args(env_id="CloneHome-v0"), "validation")
     assert (epoch, mean_return) == (5, expected["mean_return"])  # of the best epoch, at the end
+
+
+def test_evaluations_select_the_best_epoch_and_end_the_run(monkeypatch):
+    evaluate, returns = bc.Run.evaluate, {2: 1.0, 4: 5.0, 6: 4.5, 8: 4.1}
+
+    def scored(self, policy, epoch):
+        evaluation = evaluate(self, policy, epoch)
+        evaluation["mean_return"] = returns[epoch]
+        return evaluation
+
+    monkeypatch.setattr(bc.Run, "evaluate", scored)
+    settings = {"eval_every": 2, "best_metric": "mean_return", "stop_at_convergence": {"mean_return": 4.0}}
+    summary = bc.train(train_args(epochs=20, patience=20, **settings))
+    assert (summary["steps"], summary["best"]["step"], summary["converged_at_step"]) == (8, 4, 4)
+    assert evaluation.read_pt("runs/run/best.pt")["step"] == 4
+    with pytest.raises(UserError, match="--stop-at-convergence needs --eval-every"):
+        bc.train(train_args(**settings | {"eval_every": 0}))
+
+
+@pytest.mark.parametrize(
+    ("episodes", "success", "quality"),
+    [
+        (200, 0.5, "validated"), (200, None, "validated"), (199, 0.9, "draft (fewer than 200 episodes)"),
+        (200, 0.4, "draft (success 0.40 is below 0.5)"),
+    ],
+)  # fmt: skip
+def test_quality(episodes, success, quality, monkeypatch):
+    dataset = read("home")
+    dataset.metadata["success_rate"] = success
+    monkeypatch.setattr(demonstrations.Dataset, "__len__", lambda self: episodes)
+    assert demonstrations.write_quality(dataset, {}) == quality
 
 
 def test_a_signal_makes_the_epoch_the_last_one(command, monkeypatch):

@@ -89,6 +89,10 @@ def test_steps_to_the_criterion_and_charges(tmp_path, monkeypatch, capsys):
     two = compare_runs.compare_steps(ours, theirs[::2], {"mean_return": 8.0})
     assert two[0] == "ratio of steps: 0.50"  # two runs are too few for an interval
     assert compare_runs.compare_steps(theirs, theirs[::2], {"mean_return": 8.0}) == ["ratio of steps: >= 1.50"]
+    for target, outcome in ((0.5, "met"), (0.3, "missed")):
+        assert compare_runs.compare_steps(ours, theirs[::2], {"mean_return": 8.0}, target)[0].endswith(outcome)
+    for value, bound, outcome in ((0.8, ">= ", "missed"), (0.6, ">= ", "unknown"), (0.8, "<= ", "unknown")):
+        assert compare_runs.verdict(value, bound, 0.7) == f", target 0.7 {outcome}"
     never = compare_runs.compare_steps(ours, theirs, {"mean_return": 10.0})
     assert never == ["ratio of steps: unknown, because runs of both groups never converged"]
     with pytest.raises(UserError, match="baseline must start from scratch"):

@@ -181,7 +181,7 @@ RESIDUAL = {
     "--config not_json.json": r"not_json\.json: cannot be read as a JSON object",
     "--config run/best.pt": r"best\.pt: cannot be read as a JSON object",
     "--config list.json": r"list\.json: cannot be read as a JSON object",
-    "--config wrong_args.json": r"wrong_args\.json: args must be a JSON object of settings, not \[0\.001\]",
+    "--config wrong_args.json": r"wrong_args\.json: args must be an object of settings, not \[0\.001\]",
     "--config unknown.json": r"unknown\.json: unknown setting 'learning_rat'; --help lists the settings",
     "--config wrong_type.json": r"wrong_type\.json: learning_rate cannot be 'high'; --help says what it takes",
     "--config wrong_item.json": r"wrong_item\.json: hidden_sizes cannot be .*wide.*; --help says what it takes",

@@ -15,7 +15,7 @@ import bc_pretrain as bc
 import ppo_continuous
 import ppo_grid_socnav
 import ppo_residual
-from envs import evaluation, make_vec
+from envs import demonstrations, evaluation, make_vec
 from tools import compare_runs
 
 SCRIPT = bc
@@ -135,7 +135,7 @@ def test_packed_grids_come_out_as_they_went_in(corridor):
                 assert np.array_equal(recorded[name][t], x[0]), (name, t)
             obs, *_ = envs.step(action[None])
     assert corridor["obs_grid"].any()
-    assert bc.validate(bc.ValidateArgs(dataset="corridor"))
+    assert demonstrations.validate(bc.ValidateArgs(dataset="corridor"))
 
 
 @pytest.mark.parametrize("encoder", ["rays", "cnn"])

@@ -57,6 +57,7 @@ class Args:
     baseline: tuple[str, ...] = ()  # runs that all other groups are compared with
     pretrained: tuple[str, ...] = ()  # a further group: runs that start from a policy
     criterion: Thresholds = field(default_factory=dict)  # METRIC THRESHOLD ...: report the steps until they are met
+    target: float | None = None  # with --criterion: say whether the ratio of steps is at most this, such as 0.70
     png: str | None = None  # draw the learning curves in this file
     losses: bool = False  # with --png: also draw losses and other statistics of the updates
 
@@ -192,7 +193,17 @@ def steps_to(criterion: dict[str, float], runs: list[dict]) -> pd.DataFrame:
     return pd.DataFrame({"steps": reached.fillna(total), "censored": reached.isna()})
 
 
-def compare_steps(ours: list[dict], theirs: list[dict], criterion: dict[str, float]) -> list[str]:
+def verdict(value: float, bound: str, target: float | None) -> str:
+    """Whether a ratio, or a bound of it, meets the target."""
+    if target is None:
+        return ""
+    unknown = bound == (">= " if value <= target else "<= ")
+    return f", target {target:g} {'unknown' if unknown else 'met' if value <= target else 'missed'}"
+
+
+def compare_steps(
+    ours: list[dict], theirs: list[dict], criterion: dict[str, float], target: float | None = None
+) -> list[str]:
     """Ratios of the steps to the criterion, with and without the steps of demonstrations and experts."""
     if any(sum(charged_steps(run)) for run in theirs):
         raise UserError("the runs of --baseline must start from scratch; list the others under --pretrained")
@@ -210,11 +221,13 @@ def compare_steps(ours: list[dict], theirs: list[dict], criterion: dict[str, flo
         value, low, high = ratio(mine["steps"] + charge, base["steps"])
         interval = f" (95 % interval {bound}{low:.2f} to {bound}{high:.2f})"
         known = min(len(ours), len(theirs)) >= MIN_RUNS
-        lines.append(f"{label}: {bound}{value:.2f}{interval if known else ''}")
+        lines.append(f"{label}: {bound}{value:.2f}{interval if known else ''}{verdict(value, bound, target)}")
     return lines
 
 
-def compare(ours: list[dict], theirs: list[dict], criterion: dict[str, float]) -> list[str]:
+def compare(
+    ours: list[dict], theirs: list[dict], criterion: dict[str, float], target: float | None = None
+) -> list[str]:
     """Lines that compare a group of runs with the baseline.
 
     Raises:
@@ -227,7 +240,7 @@ def compare(ours: list[dict], theirs: list[dict], criterion: dict[str, float]) -
             value, other = (x["config"]["args"].get(name) for x in (run, theirs[0]))
             if value != other:
                 raise UserError(f"{run['path']}: {name} is {value}, but {other} in {theirs[0]['path']}")
-    lines = compare_steps(ours, theirs, criterion) if criterion else []
+    lines = compare_steps(ours, theirs, criterion, target) if criterion else []
     gains = pd.Series(paired_gains(ours, theirs))
     if not all(run["test"] for run in [*ours, *theirs]):  # compare all of them on the validation split
         ours, theirs = ([run | {"test": None} for run in runs] for runs in (ours, theirs))
@@ -293,8 +306,8 @@ def main() -> None:
         named = {"baseline": args.baseline, "pretrained": args.pretrained}
         groups = {label: [read_run(path) for path in paths] for label, paths in named.items() if paths}
         groups |= group_runs([read_run(path) for path in args.runs])
-        if not groups or (args.losses and not args.png):
-            raise UserError("give at least one run directory, and --png with --losses")
+        if not groups or (args.losses and not args.png) or (args.target and not args.criterion):
+            raise UserError("give at least one run directory, --png with --losses, and --criterion with --target")
         print(table(groups))
         print(f"\n{origin([run for group in groups.values() for run in group])}")
         if args.png:
@@ -309,7 +322,11 @@ def main() -> None:
                 print(f"{label}: {each}; mean {bound}{steps['steps'].mean():,.0f}")
         baseline = groups.pop("baseline", None)
         for label, runs in groups.items() if baseline else ():
-            print(f"\n{label}, compared with the baseline", *compare(runs, baseline, args.criterion), sep="\n")
+            print(
+                f"\n{label}, compared with the baseline",
+                *compare(runs, baseline, args.criterion, args.target),
+                sep="\n",
+            )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ shows the mean over the seeds and the paired difference to the reference with a 
 import re
 import subprocess
 import sys
-import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,10 +109,10 @@ def table(results: dict[str, list[dict]]) -> str:
 def run(args: Args) -> str:
     """Make the runs that are missing. Returns the table."""
     try:
-        grid = tomllib.loads(Path(args.grid).read_text())
+        grid = read_json(args.grid)
         pairs = [(variant, seed) for seed in grid["seeds"] for variant in grid["variants"]]
         grid["script"], grid["eval_episodes"]
-    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+    except KeyError as error:
         raise UserError(f"{args.grid}: not a grid ({error!r}); --help shows an example") from None
     folder = Path(args.run_root) / "grids" / Path(args.grid).stem
     with ThreadPoolExecutor(args.jobs) as pool:

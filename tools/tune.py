@@ -32,7 +32,6 @@ import importlib
 import json
 import subprocess
 import sys
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from envs import UserError
 from envs.cli import one_line_errors
-from envs.evaluation import LOWER_IS_BETTER, NonFiniteError, figures
+from envs.evaluation import LOWER_IS_BETTER, NonFiniteError, figures, read_json
 
 try:
     import optuna
@@ -143,9 +142,9 @@ def run_trial(trial: optuna.Trial, sweep: dict, folder: Path) -> float:
 def run(args: Args) -> optuna.Study:
     """Run the trials that are missing. Returns the study."""
     try:
-        sweep = tomllib.loads(Path(args.sweep).read_text())
+        sweep = read_json(args.sweep)
         sweep["script"], sweep["metric"], sweep["objective"], sweep["space"]
-    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+    except KeyError as error:
         raise UserError(f"{args.sweep}: not a sweep ({error!r}); --help shows an example") from None
     folder = Path(args.run_root) / "studies" / Path(args.sweep).stem
     folder.mkdir(parents=True, exist_ok=True)
