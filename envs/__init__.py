@@ -14,7 +14,7 @@ class UserError(ValueError):
     """An error that the user can fix. The message says in one line what is wrong and what to do."""
 
 
-from envs.batch_env import BatchEnv, GymVec  # noqa: E402 (environments may raise UserError)
+from envs.batch_env import BatchEnv, GymVec, SameStepVec, make_async  # noqa: E402 (environments may raise UserError)
 
 gym.register("SO101Paper-v0", "envs.so101:SO101PaperEnv", vector_entry_point="envs.so101:SO101Paper")
 gym.register("LateralControl-v0", "envs.lateral:LateralControlEnv", vector_entry_point="envs.lateral:LateralControl")
@@ -29,13 +29,16 @@ gym.register(
 BUNDLED = ("Ballbot-v0", "BallbotDepth-v0", "LateralControl-v0", "SO101Paper-v0", "SocNavGrid-v0")
 
 
-def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any) -> BatchEnv | GymVec:
+def make_vec(
+    env_id: str, num_envs: int, seed: int | None = None, vectorization: str = "sync", **kwargs: Any
+) -> BatchEnv | GymVec:
     """Make a vector environment with SAME_STEP autoreset, info["final_obs"] and info["episode"].
 
     Args:
         env_id: a registered id, or MODULE:ID to import a module that registers it.
         num_envs: number of parallel environments.
         seed: if given, the environments are also reset with it.
+        vectorization: sync, or async to step Gymnasium's environments in worker processes.
         kwargs: arguments of the environment. `training`, `split` and `threads` are dropped if it does not take them.
 
     Raises:
@@ -61,8 +64,16 @@ def make_vec(env_id: str, num_envs: int, seed: int | None = None, **kwargs: Any)
     kwargs = {name: value for name, value in kwargs.items() if name in parameters or name not in optional}
     if "copies" in kwargs and "copies" not in parameters:
         raise UserError(f"--group-size: {spec.id} cannot put several environments in one situation; leave it out")
+    if is_batch_env and vectorization != "sync":
+        raise UserError(f"--vectorization {vectorization}: {spec.id} steps its environments together; leave it out")
     if not is_batch_env:
-        envs = GymVec(spec.id, num_envs, **kwargs)
+        split = kwargs.pop("split", "train")
+        if vectorization == "async":
+            envs = SameStepVec(make_async(env_id, num_envs, **kwargs), split)
+        elif getattr(cls, "metadata", {}).get("autoreset_mode") == gym.vector.AutoresetMode.SAME_STEP:
+            envs = SameStepVec(cls(num_envs=num_envs, **spec.kwargs | kwargs), split)
+        else:
+            envs = GymVec(spec.id, num_envs, split, **kwargs)
     elif cls.__module__.startswith("envs."):
         try:
             check_kwargs(parameters, kwargs)

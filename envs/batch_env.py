@@ -1,5 +1,7 @@
 """Base class of the bundled vector environments, their single-environment view, and a wrapper for Gymnasium's own."""
 
+import multiprocessing
+import signal
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -181,10 +183,10 @@ class SingleEnv(gym.Env):
         obs = first(obs)
         if terminated[0] or truncated[0]:
             self.next_obs, obs = obs, first(info["final_obs"])
-        names = [name for name in info if f"_{name}" in info and name not in ("final_obs", "episode")]
-        terms = {name: x for name, x in info.items() if isinstance(x, dict) and name != "episode"}  # of each step
-        info = {name: info[name][0].item() for name in names}
-        info |= {name: {key: x[0].item() for key, x in values.items()} for name, values in terms.items()}
+        info = {name: x for name, x in info.items() if name not in ("final_obs", "episode")}
+        each_step = {name: x for name, x in info.items() if isinstance(x, dict)}
+        info = {name: x[0].item() for name, x in info.items() if f"_{name}" in info}
+        info |= {name: {key: x[0].item() for key, x in terms.items()} for name, terms in each_step.items()}
         return obs, float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def render(self) -> np.ndarray | None:
@@ -213,13 +215,14 @@ class GymVec(gym.vector.VectorEnv):
 
     def __init__(self, env_id: str, num_envs: int, split: str = "train", **kwargs: Any):
         self.envs = [gym.make(env_id, **kwargs) for _ in range(num_envs)]
-        first = self.envs[0]
-        self.num_envs, self.render_mode = num_envs, first.render_mode
-        self.metadata = {**first.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
-        self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
-        if isinstance(first.observation_space, gym.spaces.Box):
-            low, high = first.observation_space.low, first.observation_space.high
-            low, high = low.astype(np.float32), high.astype(np.float32)
+        self._set_up(self.envs[0], self.envs[0].observation_space, self.envs[0].action_space, num_envs, split)
+
+    def _set_up(self, env: Any, obs_space: gym.Space, action_space: gym.Space, num_envs: int, split: str) -> None:
+        self.num_envs, self.render_mode = num_envs, env.render_mode
+        self.metadata = {**env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+        self.single_observation_space, self.single_action_space = obs_space, action_space
+        if isinstance(obs_space, gym.spaces.Box):
+            low, high = obs_space.low.astype(np.float32), obs_space.high.astype(np.float32)
             self.single_observation_space = gym.spaces.Box(low, high, dtype=np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -230,24 +233,23 @@ class GymVec(gym.vector.VectorEnv):
     def reset(self, *, seed: int | list | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """As in a BatchEnv; other options than reset_mask go to the environments."""
         options = dict(options or {})
-        indices = np.flatnonzero(options.pop("reset_mask", np.ones(self.num_envs, bool)))
+        mask = options.pop("reset_mask", np.ones(self.num_envs, bool))
         seeds = [None] * self.num_envs
         if seed is not None:  # Gymnasium's environments take an int
             self.seed = seed if np.isscalar(seed) else 0
             sequences = [seed_sequence(s, self.split) for s in env_seeds(seed, self.num_envs)]
             seeds = [int(s.generate_state(1)[0]) for s in sequences]
-        for i in indices:
-            self._begin(i, seed=seeds[i], options=options or None)
+        self.episode_return[mask], self.episode_length[mask] = 0, 0
+        self._reset_envs(mask, seeds, options or None)
         return self.obs.copy(), {}
 
+    def _reset_envs(self, mask: np.ndarray, seeds: list, options: dict | None) -> None:
+        for i in np.flatnonzero(mask):
+            self.obs[i], _ = self.envs[i].reset(seed=seeds[i], options=options)
+
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
-        reward = np.zeros(self.num_envs)
-        terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
-        actions, successes = np.asarray(actions, self.single_action_space.dtype), {}
-        for i, env in enumerate(self.envs):
-            self.obs[i], reward[i], terminated[i], truncated[i], env_info = env.step(actions[i])
-            if "is_success" in env_info:
-                successes[i] = bool(env_info["is_success"])
+        actions = np.asarray(actions, self.single_action_space.dtype)
+        reward, terminated, truncated, successes = self._step_envs(actions)
         self.steps += 1
         self.episode_return += reward
         self.episode_length += 1
@@ -259,13 +261,23 @@ class GymVec(gym.vector.VectorEnv):
                 known = np.array([i in successes for i in range(self.num_envs)])
                 info["is_success"] = np.array([successes.get(i, False) for i in range(self.num_envs)])
                 info["_is_success"] = done & known
-            for i in np.flatnonzero(done):
-                self._begin(i)
+            self.episode_return[done], self.episode_length[done] = 0, 0
+            self._reset_ended(done)
         return self.obs.copy(), reward, terminated, truncated, info
 
-    def _begin(self, i: int, **kwargs: Any) -> None:
-        self.episode_return[i], self.episode_length[i] = 0, 0
-        self.obs[i], _ = self.envs[i].reset(**kwargs)
+    def _step_envs(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, bool]]:
+        """Step all environments; self.obs becomes their observations before any reset. Returns rewards, terminations,
+        truncations and {index: success}."""
+        reward, successes = np.zeros(self.num_envs), {}
+        terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
+        for i, env in enumerate(self.envs):
+            self.obs[i], reward[i], terminated[i], truncated[i], env_info = env.step(actions[i])
+            if "is_success" in env_info:
+                successes[i] = bool(env_info["is_success"])
+        return reward, terminated, truncated, successes
+
+    def _reset_ended(self, done: np.ndarray) -> None:
+        self._reset_envs(done, [None] * self.num_envs, None)
 
     def state_dict(self) -> dict:
         """Gymnasium's environments cannot be saved; load_state_dict begins fresh episodes instead."""
@@ -283,3 +295,47 @@ class GymVec(gym.vector.VectorEnv):
     def close_extras(self, **kwargs: Any) -> None:
         for env in self.envs:
             env.close()
+
+
+class SameStepVec(GymVec):
+    """A vector environment with SAME_STEP autoreset, with the seeds and info of a BatchEnv. Its reset takes a list of
+    seeds and options["reset_mask"], as that of Gymnasium's AsyncVectorEnv."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, split: str = "train"):
+        self.vec = envs
+        self._set_up(envs, envs.single_observation_space, envs.single_action_space, envs.num_envs, split)
+
+    def _reset_envs(self, mask: np.ndarray, seeds: list, options: dict | None) -> None:
+        obs, _ = self.vec.reset(seed=seeds, options={**(options or {}), "reset_mask": mask})
+        self.obs[mask] = obs[mask]
+
+    def _step_envs(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, bool]]:
+        self.next_obs, reward, terminated, truncated, info = self.vec.step(actions)
+        self.obs[:] = self.next_obs
+        for i in np.flatnonzero(terminated | truncated):
+            self.obs[i] = info["final_obs"][i]
+        final_info = info.get("final_info", {})
+        known = np.flatnonzero(final_info.get("_is_success", ()))
+        return reward, terminated, truncated, {i: bool(final_info["is_success"][i]) for i in known.tolist()}
+
+    def _reset_ended(self, done: np.ndarray) -> None:
+        self.obs[done] = self.next_obs[done]
+
+    def render(self) -> np.ndarray | None:
+        frames = self.vec.render()
+        return None if frames is None else frames[0]
+
+    def close_extras(self, **kwargs: Any) -> None:
+        self.vec.close()
+
+
+def make_async(env_id: str, num_envs: int, **kwargs: Any) -> gym.vector.AsyncVectorEnv:
+    """One environment per worker process. Workers ignore Ctrl-C, so that the script can finish its iteration."""
+
+    def make() -> gym.Env:
+        if multiprocessing.parent_process() is not None:
+            for name in {"SIGINT", "SIGUSR1"} & {*dir(signal)}:
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        return gym.make(env_id, **kwargs)
+
+    return gym.vector.AsyncVectorEnv([make] * num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)

@@ -139,6 +139,7 @@ def make_eval_envs(args: Any, num_envs: int, split: str, **kwargs: Any) -> Any:
         UserError: an argument is invalid, or the split has fewer than args.eval_episodes episodes.
     """
     env_kwargs = {**args.env_kwargs, **args.eval_env_kwargs, **kwargs}
+    env_kwargs["vectorization"] = getattr(args, "vectorization", "sync")
     envs = make_vec(args.env_id, num_envs, training=False, split=split, threads=args.threads, **env_kwargs)
     limit = envs.num_episodes
     if args.eval_episodes == 0 and limit is None:

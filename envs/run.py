@@ -56,7 +56,8 @@ POLICY_KEYS = ("policy_type", "script", "args", "env_id", "env_kwargs", "files",
 # Settings that may change when a run is resumed
 MAY_CHANGE = {
     *("resume", "config", "preset", "run_root", "run_name", "total_timesteps", "device", "threads", "compile"),
-    *("eval_every", "eval_episodes", "checkpoint_every", "stop_at_convergence", "track", "capture_video", "dry_run"),
+    *("vectorization", "eval_every", "eval_episodes", "checkpoint_every"),
+    *("stop_at_convergence", "track", "capture_video", "dry_run"),
 }
 SET_BY_SCRIPT = ("env_id", "num_envs", "seed", "training", "split", "threads", "render_mode", "copies")
 # {smallest and largest valid value: names of settings}
@@ -171,6 +172,7 @@ class RunArgs(BaseArgs):
     """Settings of the PPO scripts that do not belong to the algorithm."""
 
     device: Literal["auto", "cpu", "cuda"] = "cpu"  # device for the networks; auto = CUDA if available
+    vectorization: Literal["sync", "async"] = "sync"  # async: step Gymnasium's environments in worker processes
     compile: bool = False  # compile the gradient step with torch.compile (needs a C++ compiler)
     deterministic: bool = False  # use deterministic GPU algorithms only
 
@@ -265,7 +267,8 @@ def make_envs(args: Any, **kwargs: Any) -> Any:
         raise UserError(f"--group-size must divide --num-envs {args.num_envs}")
     if group_size > 1:
         kwargs["copies"] = group_size
-    envs = make_vec(args.env_id, args.num_envs, threads=args.threads, **kwargs, **args.env_kwargs)
+    kwargs |= {"threads": args.threads, "vectorization": args.vectorization}
+    envs = make_vec(args.env_id, args.num_envs, **kwargs, **args.env_kwargs)
     check_metrics(args, envs)
     return envs
 

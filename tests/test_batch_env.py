@@ -1,4 +1,4 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import envs
-from envs import UserError, run
+from envs import UserError, make_vec, run
 from envs.batch_env import SPLITS, BatchEnv, GymVec, SingleEnv
-from envs.evaluation import rollout, selection_key
+from envs.evaluation import episode_result, rollout, selection_key
 
 LIMIT = 6
 PUSH = np.array([[1.0], [0.0], [0.5]], np.float32)  # row 0 reaches the end, row 1 never, row 2 in between
@@ -220,10 +220,11 @@ def test_a_single_environment_is_a_row_of_a_batch(as_dict):
 # Gymnasium's own environments
 
 
-def test_gym_vec_has_the_shape_of_a_batch_env():
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_gym_vec_has_the_shape_of_a_batch_env(vectorization):
     """Beside ordinary environments with the seeds that it states, on two that are cut off and one that falls."""
     for env_id, push, limit in (("Pendulum-v1", 1.0, 7), ("InvertedPendulum-v5", 2.0, 20)):
-        vec = GymVec(env_id, 3, max_episode_steps=limit)
+        vec = make_vec(env_id, 3, vectorization=vectorization, max_episode_steps=limit)
         obs, _ = vec.reset(seed=11)
         singles = [gym.make(env_id, max_episode_steps=limit) for _ in range(3)]
         seeds = [int(np.random.SeedSequence([11, i]).generate_state(1)[0]) for i in range(3)]
@@ -257,6 +258,52 @@ def test_gym_vec_has_the_shape_of_a_batch_env():
             returns[done], lengths[done] = 0, 0
         assert ended[0 if env_id == "InvertedPendulum-v5" else 1] >= 3
         vec.close()
+
+
+class Counter(gym.Env):
+    """Counts to 3 and succeeds after an action above 0."""
+
+    observation_space, action_space = gym.spaces.Box(0, 9, (1,)), gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.count += 1
+        info = {"is_success": bool(action[0] > 0)} if self.count == 3 else {}
+        return np.full(1, self.count, np.float32), 1.0, self.count == 3, False, info
+
+
+class CounterVec(gym.vector.SyncVectorEnv):
+    """A vector environment of one's own."""
+
+    metadata: ClassVar = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+
+    def __init__(self, num_envs):
+        super().__init__([Counter] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+gym.register("Counter-v0", entry_point=Counter, vector_entry_point=CounterVec)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_vector_environments_of_ones_own_are_used(vectorization):
+    """With the episodes' results, and a reset of some environments."""
+    vec = make_vec("Counter-v0", 2, seed=1, vectorization=vectorization)
+    assert isinstance(vec.vec, CounterVec if vectorization == "sync" else gym.vector.AsyncVectorEnv)
+    vec.step(np.ones((2, 1), np.float32))
+    obs, _ = vec.reset(seed=2, options={"reset_mask": np.array([True, False])})
+    assert obs.tolist() == [[0], [1]]
+    for _ in range(2):
+        obs, reward, terminated, _, info = vec.step(np.array([[-1.0], [1.0]], np.float32))
+    assert (obs.tolist(), terminated.tolist(), reward.tolist()) == ([[2], [0]], [False, True], [1, 1])
+    assert (info["final_obs"][1].tolist(), info["episode"]["r"][1], info["episode"]["l"][1]) == ([3], 3, 3)
+    assert episode_result(info, 1)["success"] is True
+    _, _, terminated, _, info = vec.step(np.array([[-1.0], [1.0]], np.float32))
+    assert (terminated.tolist(), episode_result(info, 0)["success"]) == ([True, False], False)
+    vec.close()
 
 
 def test_gym_vec_resumes_with_episodes_not_played_before():

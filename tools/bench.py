@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ class Envs(Common):
     num_envs: tuple[int, ...] = (1, 16, 64)  # numbers of environments
     steps: int = 500  # steps per measurement
     threads: int = 1  # CPU threads of the simulator
+    vectorization: Literal["sync", "async"] = "sync"  # async: Gymnasium's environments in worker processes
 
 
 @dataclass
@@ -97,7 +99,8 @@ def bench_envs(args: Envs) -> list[dict]:
 
     results = []
     for num_envs in args.num_envs:
-        envs = make_vec(env_id, num_envs, training=False, split="test", threads=args.threads, **env_kwargs)
+        kwargs = {"training": False, "split": "test", "vectorization": args.vectorization, **env_kwargs}
+        envs = make_vec(env_id, num_envs, threads=args.threads, **kwargs)
         result = {"env_id": env_id, "num_envs": num_envs, "steps/s": rate([envs], args.steps)}
         if not hasattr(policy, "reset") and num_envs > 1:  # one controller keeps the state of one batch only
             loop = [make_vec(env_id, 1, training=False, split="test", **env_kwargs) for _ in range(num_envs)]
