@@ -13,6 +13,7 @@ from mujoco.batch import Batch
 from envs.ballbot_depth import BALL_RADIUS, CODE, FAR, DepthCameras, FrozenEncoder
 from envs.ballbot_terrain import POINTS, SPACING, heights
 from envs.batch_env import SPLITS, BatchEnv, SingleEnv
+from envs.disturbances import Disturbances, Float, Int, delayed
 from envs.render import RobotRenderer
 
 ASSET = Path(__file__).parent / "assets" / "ballbot.xml"
@@ -115,6 +116,14 @@ def take_models(elevation: float, count: int) -> list[mujoco.MjModel]:
     return models
 
 
+def scale_mass(model: mujoco.MjModel, mass: np.ndarray, inertia: np.ndarray, factor: float) -> None:
+    """Give the bodies of the robot, all but the ball, these masses and inertias times a factor."""
+    factors = np.full(model.nbody, factor)
+    factors[model.body("ball").id] = 1
+    model.body_mass[:], model.body_inertia[:] = factors * mass, factors[:, None] * inertia
+    mujoco.mj_setConst(model, mujoco.MjData(model))
+
+
 class Ballbot(BatchEnv):
     """A robot of 4 kg on a ball of 9 cm radius, which three omniwheels turn, drives over uneven ground.
 
@@ -130,7 +139,7 @@ class Ballbot(BatchEnv):
     With action_repeat, lengths still count steps of 2 ms, rewards add up, and a fall ends the episode in its step.
 
     Idealizations: each wheel is a sphere with a free slip axis; only wheels, ball and ground collide; motors have no
-    delay and sensors no noise.
+    delay and sensors no noise, unless the arguments say otherwise.
 
     Args:
         num_envs, training, split, render_mode: see BatchEnv.
@@ -144,6 +153,13 @@ class Ballbot(BatchEnv):
         max_tilt: in training only, tilt that counts as a fall, degrees.
         stagger: in training only, truncate the episodes that reset() begins after random times, so that environments
             in which the robot does not fall are in different phases.
+        mass: factor on the mass and inertia of the robot without the ball.
+        motor_gain: factor on the torques.
+        motor_delay: delay of the torques in steps of 2 ms.
+        sensor_noise: standard deviation of the observed orientation (rad), angular velocity (rad/s), velocity (m/s)
+            and wheel speeds (10 rad/s).
+        sensor_bias: standard deviation of their constant error in an episode. These five may be ranges (low, high),
+            from which each episode draws a value.
         threads: CPU threads of the simulator; the result does not depend on it.
 
     Raises:
@@ -168,6 +184,11 @@ class Ballbot(BatchEnv):
         speed_limit: float | None = None,
         max_tilt: float = MAX_TILT,
         stagger: bool = False,
+        mass: Float = 1.0,
+        motor_gain: Float = 1.0,
+        motor_delay: Int = 0,
+        sensor_noise: Float = 0.0,
+        sensor_bias: Float = 0.0,
         threads: int = 1,
     ):
         if not 1 <= max_episode_steps <= LONGEST:
@@ -189,6 +210,14 @@ class Ballbot(BatchEnv):
         self.batch = Batch(self.models[0], num_envs, threads)
         self.batch.set_models(self.models)
         self.qpos, self.qvel, self.torque = (self.batch.bind(field) for field in ("qpos", "qvel", "ctrl"))
+        ranges = {"mass": mass, "motor_gain": motor_gain, "motor_delay": motor_delay}
+        ranges |= {"sensor_noise": sensor_noise, "sensor_bias": sensor_bias}
+        self.disturbances = Disturbances(num_envs, ranges)
+        self.torques = np.zeros((num_envs, self.disturbances.highest("motor_delay") + 1, 3))  # oldest first
+        self.noisy = any(self.disturbances.highest(name) for name in ("sensor_noise", "sensor_bias"))
+        self.bias, self.noise = np.zeros((num_envs, 12)), np.zeros((num_envs, 12))
+        self.varied_mass = mass != 1
+        self.nominal_mass, self.nominal_inertia = self.models[0].body_mass.copy(), self.models[0].body_inertia.copy()
         self.ground = np.zeros((num_envs, POINTS, POINTS), np.float32)  # m
         self.steepest = np.zeros(num_envs)  # slope
         self.terrain_seed = np.full(num_envs, -1)
@@ -213,6 +242,12 @@ class Ballbot(BatchEnv):
             if self.uneven:
                 self.terrain_seed[i] = TERRAINS * SPLITS.index(self.split) + self.rngs[i].integers(TERRAINS)
                 self._lay_ground(i)
+            self.disturbances.draw(i, self.rngs[i])
+            if self.noisy:
+                self.bias[i] = self.rngs[i].normal(0, self.disturbances["sensor_bias"][i], 12)
+        self._draw_noise(indices)
+        self._set_mass(indices)
+        self.torques[indices] = 0
         near = slice(POINTS // 2 - UNDER_BALL, POINTS // 2 + UNDER_BALL + 1)
         lift = self.ground[indices, near, near].max((1, 2)) + DROP - (self.qpos[indices, BALL_Z] - BALL_RADIUS)
         self.qpos[indices, BALL_Z] += lift
@@ -220,6 +255,16 @@ class Ballbot(BatchEnv):
         self.steps[indices], self.action[indices], self.distance[indices] = 0, 0, 0
         self.exposed[indices] = self.qpos[indices]
         self.look(indices)
+
+    def _draw_noise(self, indices: np.ndarray) -> None:
+        if self.noisy:
+            for i in indices:
+                self.noise[i] = self.bias[i] + self.rngs[i].normal(0, self.disturbances["sensor_noise"][i], 12)
+
+    def _set_mass(self, indices: np.ndarray) -> None:
+        if self.varied_mass:
+            for i in indices:
+                scale_mass(self.models[i], self.nominal_mass, self.nominal_inertia, self.disturbances["mass"][i])
 
     def _lay_ground(self, i: int) -> None:
         """Make the ground of environment i from its seed."""
@@ -233,12 +278,15 @@ class Ballbot(BatchEnv):
 
     def advance(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         self.action[:] = action
-        self.torque[:] = -MAX_TORQUE * np.clip(self.action, -1, 1)
+        torque = -MAX_TORQUE * np.clip(self.action, -1, 1) * self.disturbances["motor_gain"][:, None]
+        self.torque[:] = torque
         effort = 1e-4 * np.square(self.action).sum(1)
         reward, fallen = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
         self.steps_made = np.zeros(self.num_envs, np.int64)  # steps before a fall
         exposed = np.zeros(self.num_envs, bool)
         for _ in range(self.action_repeat):
+            if self.torques.shape[1] > 1:
+                self.torque[:] = delayed(self.torques, torque, self.disturbances["motor_delay"])
             self.batch.step()
             self.qpos[:, DRIVES] = 0  # see the asset
             going, upright = ~fallen, self._upright() > self.lowest
@@ -253,6 +301,7 @@ class Ballbot(BatchEnv):
             due = self.steps % IMAGE_EVERY == 0
             self.exposed[due] = self.qpos[due]
             exposed |= due
+        self._draw_noise(np.arange(self.num_envs))
         self.look(np.flatnonzero(exposed))
         standing = ~fallen & (self.episode_length + self.action_repeat >= self.max_episode_steps)
         return reward, fallen, {"is_success": standing, "is_failure": fallen, "distance": self.distance.copy()}
@@ -275,7 +324,10 @@ class Ballbot(BatchEnv):
             self.action[indices],
             self.steps[indices, None] % IMAGE_EVERY * TIMESTEP,
         ]
-        return np.concatenate(parts, axis=1).astype(np.float32).clip(OBS_LOW, OBS_HIGH)
+        obs = np.concatenate(parts, axis=1)
+        if self.noisy:
+            obs[:, :12] += self.noise[indices]
+        return obs.astype(np.float32).clip(OBS_LOW, OBS_HIGH)
 
     def state(self) -> dict[str, np.ndarray]:
         return {
@@ -285,11 +337,15 @@ class Ballbot(BatchEnv):
             "limit": self.limit,
             "action": self.action,
             "distance": self.distance,
+            **({"bias": self.bias, "noise": self.noise} if self.noisy else {}),
+            **({"torques": self.torques} if self.torques.shape[1] > 1 else {}),
+            **self.disturbances.state(),
         }
 
     def load_state_dict(self, state: dict) -> np.ndarray:
         before = self.terrain_seed.copy()
         super().load_state_dict(state)
+        self._set_mass(np.arange(self.num_envs))
         for i in np.flatnonzero((self.terrain_seed != before) & (self.terrain_seed >= 0)):
             self._lay_ground(i)
         return self.observe(np.arange(self.num_envs))
@@ -302,6 +358,8 @@ class Ballbot(BatchEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         self.renderer.close()
+        for model in self.models if self.varied_mass else ():
+            scale_mass(model, self.nominal_mass, self.nominal_inertia, 1.0)
         SPARE.setdefault(self.elevation, []).extend(self.models)
 
 

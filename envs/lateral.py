@@ -28,6 +28,7 @@ import numpy as np
 
 from envs import UserError
 from envs.batch_env import BatchEnv, SingleEnv, env_seeds
+from envs.disturbances import Disturbances, Float, Int, delayed
 from envs.lateral_model import BINS, Dynamics, distribution, draw, tokens_of
 from envs.lateral_segments import (
     CONTEXT,
@@ -394,6 +395,8 @@ class LateralControl(BatchEnv):
         num_envs: number of cars, N.
         training, split, render_mode: see BatchEnv.
         action_mode: delta or absolute.
+        steering_gain: factor on the steering that the car receives.
+        steering_delay: delay of the steering in steps. Both may be ranges (low, high), from which each episode draws.
         copies: in training, so many neighboring environments have the same segment, phase and noise (common random
             numbers).
         model_path: tinyphysics.onnx of the challenge; None for the bundled model.
@@ -416,6 +419,8 @@ class LateralControl(BatchEnv):
         training: bool = True,
         split: str = "train",
         action_mode: str = "delta",
+        steering_gain: Float = 1.0,
+        steering_delay: Int = 0,
         copies: int = 1,
         model_path: str | None = None,
         data_path: str | None = None,
@@ -439,6 +444,9 @@ class LateralControl(BatchEnv):
         self.upcoming = np.arange(num_envs)  # segment of each environment's next episode, if training=False
         self.limit = np.full(num_envs, STEPS)  # steps of each episode
         self.staggered = False
+        ranges = {"steering_gain": steering_gain, "steering_delay": steering_delay}
+        self.disturbances = Disturbances(num_envs, ranges)
+        self.commands = np.zeros((num_envs, self.disturbances.highest("steering_delay") + 1, 1))  # oldest first
         self.uniform, self.lat, self.steer = (np.zeros((num_envs, STEPS)) for _ in range(3))
         self.known_steer, self.integral = np.zeros((num_envs, MEMORY)), np.zeros(num_envs)
         self.renderer: FigureRenderer | None = None
@@ -460,16 +468,20 @@ class LateralControl(BatchEnv):
             if not self.training:
                 segment[i] = self.upcoming[i] % len(self.road.names)
                 self.uniform[i] = official_noise(self.road.names[segment[i]])
+                self.disturbances.draw(i, self.rngs[i])
                 continue
             if i == leader:
+                self.disturbances.draw(i, self.rngs[i])
                 segment[i] = self.rngs[i].integers(len(self.road.names))
                 self.limit[i] = self.rngs[i].integers(2, STEPS + 1) if self.staggered else STEPS
                 self.uniform[i] = self.rngs[i].random(STEPS)
             segment[i], self.limit[i], self.uniform[i] = segment[leader], self.limit[leader], self.uniform[leader]
+            self.disturbances.copy(leader, i)
         self.upcoming[indices] += self.num_envs
         self.sim.start(indices, segment[indices])
         before = self.road.window(segment[indices], np.full(len(indices), FIRST), MEMORY + 1, 2)
         self.known_steer[indices] = estimate_steer(*before[:3])
+        self.commands[indices] = self.known_steer[indices, -1, None, None]
         target = self.road.target[segment[indices], FIRST]
         self.integral[indices] = leaky(np.zeros(len(indices)), target - self.sim.lat[indices, -1])
 
@@ -477,7 +489,8 @@ class LateralControl(BatchEnv):
         sim, every = self.sim, np.arange(self.num_envs)
         i, before = sim.t - FIRST, sim.lat[:, -1].copy()
         steer = steer_of(action[:, 0], self.known_steer[:, -1], self.road.v[sim.segment, sim.t], self.absolute)
-        lat = sim.step(steer, self.uniform[every, i])
+        received = delayed(self.commands, steer[:, None], self.disturbances["steering_delay"])[:, 0]
+        lat = sim.step(self.disturbances["steering_gain"] * received, self.uniform[every, i])
         self.lat[every, i], self.steer[every, i] = lat, steer
         push(self.known_steer, steer)
         self.integral = leaky(self.integral, self.road.target[sim.segment, sim.t] - lat)
@@ -543,6 +556,8 @@ class LateralControl(BatchEnv):
             **{"segment": self.sim.segment, "t": self.sim.t, "sim_lat": self.sim.lat, "sim_steer": self.sim.steer},
             **{"upcoming": self.upcoming, "limit": self.limit, "uniform": self.uniform},
             **{"lat": self.lat, "steer": self.steer, "known_steer": self.known_steer, "integral": self.integral},
+            **({"commands": self.commands} if self.commands.shape[1] > 1 else {}),
+            **self.disturbances.state(),
             "road": np.array([self.road.checksum]),
         }
 

@@ -9,6 +9,7 @@ import numpy as np
 from mujoco.batch import Batch
 
 from envs.batch_env import BatchEnv, SingleEnv
+from envs.disturbances import Disturbances, Float, Int, delayed
 from envs.render import RobotRenderer
 
 ASSET = Path(__file__).parent / "assets" / "so101_paper.xml"
@@ -128,7 +129,8 @@ class SO101Paper(BatchEnv):
         link_mass: factor on the masses and inertias of the links.
         action_delay: delay of actions in steps.
         position_noise: standard deviation of the observed positions of sheet and end effector, m.
-        angle_noise: standard deviation of the observed joint positions and yaw of the sheet, rad.
+        angle_noise: standard deviation of the observed joint positions and yaw of the sheet, rad. These five may be
+            ranges (low, high), from which each episode draws a value.
         threads: CPU threads of the simulator; the result does not depend on it.
 
     Raises:
@@ -151,11 +153,11 @@ class SO101Paper(BatchEnv):
         yaw_weight: float = 3.0,
         success_reward: float = SUCCESS_REWARD,
         training_steps: int = MAX_EPISODE_STEPS,
-        paper_friction: float = 1.0,
-        link_mass: float = 1.0,
-        action_delay: int = 0,
-        position_noise: float = 0.0,
-        angle_noise: float = 0.0,
+        paper_friction: Float = 1.0,
+        link_mass: Float = 1.0,
+        action_delay: Int = 0,
+        position_noise: Float = 0.0,
+        angle_noise: Float = 0.0,
         threads: int = 1,
     ):
         if not frame_margin > 0:
@@ -171,21 +173,25 @@ class SO101Paper(BatchEnv):
 
         self.model = mujoco.MjModel.from_xml_path(str(ASSET))
         self._place_tape()
-        if link_mass != 1:
-            self._scale_mass(link_mass)
+        ranges = {"paper_friction": paper_friction, "link_mass": link_mass, "action_delay": action_delay}
+        ranges |= {"position_noise": position_noise, "angle_noise": angle_noise}
+        self.disturbances = Disturbances(num_envs, ranges)
         self.joint_low, self.joint_high = self.model.jnt_range[ARM].T
-        self.sheet_frictionloss, self.paper_friction = self.model.dof_frictionloss[SHEET].copy(), paper_friction
+        self.sheet_frictionloss = self.model.dof_frictionloss[SHEET].copy()
         self.fingertips = [self.model.geom(f"{finger}_fingertip").id for finger in ("fixed", "moving")]
-        self.ready_target = READY + self._gravity_torque(READY) / self.model.actuator_gainprm[:, 0]
+        self.sag = self._gravity_torque(READY) / self.model.actuator_gainprm[:, 0]  # rad, of the links' own mass
 
         self.batch = Batch(self.model, num_envs, threads)
         self.qpos, self.qvel, self.target = (self.batch.bind(field) for field in ("qpos", "qvel", "ctrl"))
         self.tip = self.batch.site("end_effector").xpos
         self.frictionloss, self.friction = self.batch.expand("dof_frictionloss"), self.batch.expand("geom_friction")
+        self.links = self.model.jnt_bodyid[ARM]
+        fields = ("body_mass", "body_inertia")
+        self.masses = None if link_mass == 1 else [self.batch.expand(field) for field in fields]
         self.steps_inside, self.potential = np.zeros(num_envs, np.int64), np.zeros(num_envs)
-        self.deviation = np.repeat([angle_noise, position_noise, angle_noise, position_noise], [6, 2, 1, 3])
+        self.noisy = any(self.disturbances.highest(name) for name in ("position_noise", "angle_noise"))
         self.noise = np.zeros((num_envs, 12))  # on the joints, the sheet's x, y and yaw, and the end effector
-        self.delayed_actions = np.zeros((num_envs, action_delay, 6))  # oldest first
+        self.actions = np.zeros((num_envs, self.disturbances.highest("action_delay") + 1, 6))  # oldest first
         self.renderer = RobotRenderer(render_mode, "table", self.metadata["render_fps"])
 
     def start(self, indices: np.ndarray) -> None:
@@ -196,27 +202,39 @@ class SO101Paper(BatchEnv):
             while np.hypot(*offset) < MIN_OFFSET:
                 offset = rng.uniform(-MAX_OFFSET, MAX_OFFSET)
             self.qpos[i, SHEET] = *(GOAL + offset), rng.uniform(-MAX_YAW, MAX_YAW)
+            self.disturbances.draw(i, rng)
             table, tip = (rng.uniform(*TABLE_RANGE), rng.uniform(*TIP_RANGE)) if self.randomize else (1.0, 1.0)
-            table *= self.paper_friction
+            table *= self.disturbances["paper_friction"][i]
             self.frictionloss[i, SHEET] = table * self.sheet_frictionloss
             self.friction[i, self.fingertips, 0] = max(0, tip * TIP_FRICTION - table * TABLE_FRICTION)
         self._disturb(indices)
-        self.delayed_actions[indices] = 0
-        self.qpos[indices, ARM], self.target[indices] = READY, self.ready_target
+        self.actions[indices] = 0
+        self._set_mass(indices)
+        sag = self.disturbances["link_mass"][indices, None] * self.sag
+        self.qpos[indices, ARM], self.target[indices] = READY, READY + sag
         self.batch.forward(indices, stage=mujoco.mjtStage.mjSTAGE_POS)
         self.steps_inside[indices] = 0
         self.potential[indices] = self._potential(self._overhang())[indices]
 
+    def _set_mass(self, indices: np.ndarray) -> None:
+        if self.masses is not None:
+            mass, inertia = self.masses
+            factor = self.disturbances["link_mass"][indices, None]
+            mass[np.ix_(indices, self.links)] = factor * self.model.body_mass[self.links]
+            inertia[np.ix_(indices, self.links)] = factor[..., None] * self.model.body_inertia[self.links]
+            self.batch.set_const(indices)
+
     def _disturb(self, indices: np.ndarray) -> None:
         """Draw the noise of the next observation."""
-        if self.deviation.any():
+        if self.noisy:
+            position, angle = self.disturbances["position_noise"], self.disturbances["angle_noise"]
             for i in indices:
-                self.noise[i] = self.rngs[i].normal(0, self.deviation)
+                deviation = np.repeat([angle[i], position[i], angle[i], position[i]], [6, 2, 1, 3])
+                self.noise[i] = self.rngs[i].normal(0, deviation)
 
     def advance(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        if self.delayed_actions.size:
-            late = np.concatenate([self.delayed_actions, action[:, None]], axis=1)
-            action, self.delayed_actions[:] = late[:, 0], late[:, 1:]
+        if self.actions.shape[1] > 1:
+            action = delayed(self.actions, action, self.disturbances["action_delay"])
         joints = self.qpos[:, ARM]
         target = np.clip(self.target + action, joints - LEASH, joints + LEASH)
         self.target[:] = np.clip(target, self.joint_low, self.joint_high)
@@ -267,13 +285,6 @@ class SO101Paper(BatchEnv):
         mujoco.mj_forward(self.model, data)
         return data.qfrc_bias[ARM].copy()
 
-    def _scale_mass(self, factor: float) -> None:
-        """Scale masses and inertias of the links."""
-        links = self.model.jnt_bodyid[ARM]
-        self.model.body_mass[links] *= factor
-        self.model.body_inertia[links] *= factor
-        mujoco.mj_setConst(self.model, mujoco.MjData(self.model))
-
     def _place_tape(self) -> None:
         """Place four strips, 1 cm wide, around the frame."""
         (x, y), width = self.half_frame, 0.005
@@ -293,12 +304,14 @@ class SO101Paper(BatchEnv):
             "friction": self.friction,
             "steps_inside": self.steps_inside,
             "potential": self.potential,
-            **({"noise": self.noise} if self.deviation.any() else {}),
-            **({"delayed_actions": self.delayed_actions} if self.delayed_actions.size else {}),
+            **({"noise": self.noise} if self.noisy else {}),
+            **({"actions": self.actions} if self.actions.shape[1] > 1 else {}),
+            **self.disturbances.state(),
         }
 
     def load_state_dict(self, state: dict) -> np.ndarray:
         super().load_state_dict(state)
+        self._set_mass(np.arange(self.num_envs))
         self.batch.forward(stage=mujoco.mjtStage.mjSTAGE_POS)  # computes the position of the end effector
         return self.observe(np.arange(self.num_envs))
 

@@ -246,9 +246,10 @@ def test_friction_of_the_paper_by_hand():
 
 def test_heavier_links_weigh_more_and_still_rest_in_the_pose():
     plain, heavy = SO101Paper(1), SO101Paper(1, link_mass=1.5)
-    np.testing.assert_allclose(heavy._gravity_torque(READY), 1.5 * plain._gravity_torque(READY))
-    assert heavy.model.body("paper").mass == plain.model.body("paper").mass
     heavy.reset(seed=0)
+    mass, paper = heavy.masses[0][0], plain.model.body("paper").id
+    np.testing.assert_allclose(mass[heavy.links], 1.5 * plain.model.body_mass[heavy.links])
+    assert mass[paper] == plain.model.body_mass[paper]
     for _ in range(60):
         heavy.step(still(1))
     assert np.abs(heavy.qpos[:, :6] - READY).max() < 1e-4
@@ -262,9 +263,9 @@ def test_a_delayed_action_is_the_action_of_steps_before():
     for t, action in enumerate(actions):
         obs = plain.step(actions[t - 2] if t >= 2 else still(2))[0]
         np.testing.assert_array_equal(late.step(action)[0], obs)
-    assert late.delayed_actions.any()
+    assert late.actions.any()
     late.reset(options={"reset_mask": np.array([True, False])})
-    assert [row.any() for row in late.delayed_actions] == [False, True]
+    assert [row.any() for row in late.actions] == [False, True]
 
 
 def test_noise_is_on_what_is_observed_alone():
