@@ -48,6 +48,7 @@ class Dataset:
         try:
             self.env_id, self.packed = metadata["env_id"], metadata["packed"]
             self.env_kwargs = {k: tuple(x) if isinstance(x, list) else x for k, x in metadata["env_kwargs"].items()}
+            self.replayable = metadata.get("replayable", True)  # False if it was imported from another format
             self.action_noise = metadata["collected_with"]["action_noise"]
             self.dagger_policy = metadata["collected_with"]["dagger_policy"]
             with np.load(file, allow_pickle=False) as content:
@@ -210,6 +211,8 @@ def run_checks(dataset: Dataset) -> dict[str, str]:
     space, noise = envs.single_action_space, dataset.action_noise
     outside = ((dataset["action"] < space.low - 1e-6) | (dataset["action"] > space.high + 1e-6)).any(1).sum()
     problems["actions are within their bounds"] = f"{outside:,} are not" if outside else ""
+    if not dataset.replayable:
+        return problems | {"episodes replay from their seeds (imported: not checked)": ""}
     # Actions paired with the wrong step differ from the executed ones by more than the noise
     std = ((dataset["executed_action"] - dataset["action"]) / ((space.high - space.low) / 2)).std()
     wrong = dataset.dagger_policy is None and abs(std - noise) > 0.2 * noise + 1e-6
@@ -257,6 +260,8 @@ def replay(dataset: Dataset, episode: int, video: bool, render: str | None) -> N
         raise UserError(f"--episode must be from 0 to {len(dataset) - 1}, not {episode}")
     if video and render:
         raise UserError("--video and --render exclude each other; leave one out")
+    if (video or render) and not dataset.replayable:
+        raise UserError(f"{dataset.file} was imported; its episodes have no seeds and cannot be shown")
     if video and find_spec("imageio_ffmpeg") is None:
         raise UserError("--video needs imageio-ffmpeg: pip install -e '.[video]'")
     actions = dataset["executed_action"][dataset.steps(episode), None]
