@@ -17,7 +17,7 @@ def make_world(*scenarios):
 
 
 def a_map(size, obstacles, border=1.0):
-    return Scenario("map", "train", size, 300, (3, 3, 3, 3), (4, 4, 4, 4), obstacles=tuple(obstacles), border=border)
+    return Scenario("map", size, 300, (3, 3, 3, 3), (4, 4, 4, 4), obstacles=tuple(obstacles), border=border)
 
 
 def draw(world, pose, channels=("obstacles",), size=32, resolution=0.5, people=(), maps=None):
