@@ -39,17 +39,7 @@ from envs import UserError, check_flat_box, demonstrations, evaluation, float32_
 from envs.cli import one_line_errors, parse
 from envs.demonstrations import Dataset, read_dataset
 from envs.evaluation import EVAL_ENVS, DeterministicPolicy, Policy, check_same_kwargs, check_update
-from envs.run import (
-    BaseArgs,
-    EnvKwargs,
-    Run,
-    Thresholds,
-    check_args,
-    check_evaluation,
-    check_metrics,
-    load_agent,
-    policy_contents,
-)
+from envs.run import BaseArgs, EnvKwargs, Run, Thresholds, check_args, check_evaluation, load_agent, policy_contents
 
 
 @dataclass(kw_only=True)
@@ -101,7 +91,7 @@ class Args(BaseArgs):  # BaseArgs: environment, evaluation, run directory, track
     hidden_sizes: tuple[int, ...] | None = None  # hidden layer sizes of actor and critic
     eval_episodes: int | None = None  # episodes of the evaluation; 0 = all, if the environment has a fixed number
     eval_every: int = 0  # epochs between evaluations, which then select best.pt; 0 = by validation loss, evaluated last
-    best_metric: str = "auto"  # with --eval-every: metric that selects best.pt, as in the PPO scripts
+    best_metric: str = "auto"  # with --eval-every: metric that selects best.pt
     stop_at_convergence: Thresholds | None = (
         None  # with --eval-every: stop when three evaluations meet METRIC THRESHOLD
     )
@@ -319,7 +309,6 @@ def train(args: Args) -> dict:
     torch.set_num_threads(1)  # for layers of 64 units more threads cost more than they save
     torch.manual_seed(args.seed)
     envs = make_vec(args.env_id, 1, **args.env_kwargs)
-    check_metrics(args, envs)
     agent = make_clone(envs, args)
     check_same_kwargs(str(dataset.file), dataset.env_kwargs, args.env_kwargs, envs)
     if mismatch := demonstrations.shape_mismatch(dataset, envs):
@@ -351,13 +340,12 @@ def train(args: Args) -> dict:
             is_last, evaluation = epoch == args.epochs or run.stop_requested, None
             if args.eval_every == 0:
                 improved = best is None or stats["validation/loss"] < best["loss"]
-            else:
-                if is_last or epoch % args.eval_every == 0:
-                    evaluation = run.evaluate(DeterministicPolicy(agent), epoch)
-                improved = evaluation is not None and run.is_best(evaluation, best)
+            elif improved := is_last or epoch % args.eval_every == 0:
+                evaluation = run.evaluate(DeterministicPolicy(agent), epoch)
+                improved = run.is_best(evaluation, best)
             if improved:
-                best = {"step": epoch, "loss": stats["validation/loss"], "agent": deepcopy(agent.state_dict())}
-                best["evaluation"] = evaluation
+                about = {"step": epoch, "loss": stats["validation/loss"], "evaluation": evaluation}
+                best = {**about, "agent": deepcopy(agent.state_dict())}
                 run.save("best.pt", policy_state())
             is_last = is_last or run.converged or (best is not None and epoch - best["step"] >= args.patience)
             if is_last and args.eval_every == 0:

@@ -268,22 +268,17 @@ def make_envs(args: Any, **kwargs: Any) -> Any:
     if group_size > 1:
         kwargs["copies"] = group_size
     kwargs |= {"threads": args.threads, "vectorization": args.vectorization}
-    envs = make_vec(args.env_id, args.num_envs, **kwargs, **args.env_kwargs)
-    check_metrics(args, envs)
-    return envs
+    return make_vec(args.env_id, args.num_envs, **kwargs, **args.env_kwargs)
 
 
-def check_metrics(args: Any, envs: Any) -> None:
-    """Raises UserError unless --best-metric and --stop-at-convergence name metrics of the environment."""
+def check_evaluation(args: Any) -> None:
+    """Make the evaluation environment and, with --capture-video, render a frame. Raises UserError if that fails, or
+    unless --best-metric and --stop-at-convergence name metrics of the environment."""
+    envs = make_eval_envs(args, 1, "validation", **({"render_mode": "rgb_array"} if args.capture_video else {}))
     known = ("success_rate", "failure_rate", "mean_return", "mean_length", *envs.measures)
     for metric in (args.best_metric, *(args.stop_at_convergence or ())):
         if metric not in ("auto", *known):
             raise UserError(f"{metric} is not a metric of {args.env_id}; choose from {', '.join(known)}")
-
-
-def check_evaluation(args: BaseArgs) -> None:
-    """Make the evaluation environment and, with --capture-video, render a frame. Raises UserError if that fails."""
-    envs = make_eval_envs(args, 1, "validation", **({"render_mode": "rgb_array"} if args.capture_video else {}))
     if args.capture_video:
         envs.reset(seed=args.eval_seed)
         if not isinstance(envs.render(), np.ndarray):
