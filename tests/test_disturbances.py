@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from envs.ballbot import Ballbot
+from envs.disturbances import Disturbances
 from envs.lateral import LateralControl
 from envs.so101 import SO101Paper
 
@@ -43,6 +44,14 @@ def test_ranges_are_drawn_per_episode(kind):
     assert vec.disturbances[name].tolist() != drawn[name]
     with pytest.raises(ValueError, match=f"{name} must be a number or"):
         kind(1, **{name: (1.2, 0.8)})
+
+
+def test_whole_numbers_include_both_ends():
+    disturbances, rng, drawn = Disturbances(1, {"delay": (1, 3)}), np.random.default_rng(0), set()
+    for _ in range(50):
+        disturbances.draw(0, rng)
+        drawn |= {*disturbances["delay"].tolist()}
+    assert drawn == {1, 2, 3}
 
 
 def test_mass_gain_and_delay_of_the_ballbot_by_hand():
