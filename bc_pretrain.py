@@ -38,7 +38,7 @@ from torch.optim import Optimizer
 from envs import UserError, check_flat_box, demonstrations, evaluation, float32_bounds, make_vec
 from envs.cli import one_line_errors, parse
 from envs.demonstrations import Dataset, read_dataset
-from envs.evaluation import EVAL_ENVS, DeterministicPolicy, Policy, check_same_kwargs, check_update
+from envs.evaluation import DeterministicPolicy, Policy, check_same_kwargs, check_update
 from envs.run import BaseArgs, EnvKwargs, Run, Thresholds, check_args, check_evaluation, load_agent, policy_contents
 
 
@@ -53,7 +53,7 @@ class CollectArgs:
     only_successes: bool = False  # keep only successful episodes
     action_noise: float = 0.0  # standard deviation of the noise as a fraction of half the action range; often 0.05-0.1
     dagger_policy: str | None = None  # DAgger: policy file or run that acts in every other environment
-    threads: int = 1  # CPU threads of the bundled simulators
+    threads: int | None = None  # CPU threads of the bundled simulators; None = one per core, where that is faster
     run_root: str = "runs"  # parent directory of datasets/ and of all run directories
 
 
@@ -404,7 +404,7 @@ def collect(args: CollectArgs) -> Path:
         raise UserError(f"--action-noise must be 0 or more, not {args.action_noise}")
     env_id = args.env_id or ("LateralControl-v0" if args.policy == "feedforward" else None)
     expert, env_id, env_kwargs, file = evaluation.resolve_policy(args.policy, env_id, args.env_kwargs, "train")
-    num_envs = min(EVAL_ENVS, args.episodes)
+    num_envs = evaluation.num_eval_envs(env_id, args.episodes)
     envs = make_vec(env_id, num_envs, training=False, split="train", threads=args.threads, **env_kwargs)
     dagger_policy, policies = None, [file]
     if args.dagger_policy is not None:

@@ -62,6 +62,8 @@ def make_vec(
     parameters = constructor_parameters(cls) if is_batch_env else {}
     optional = ("training", "split", "threads") if is_batch_env else ("training", "threads")
     kwargs = {name: value for name, value in kwargs.items() if name in parameters or name not in optional}
+    if kwargs.get("threads", 0) is None:  # the environment's default
+        del kwargs["threads"]
     if "copies" in kwargs and "copies" not in parameters:
         raise UserError(f"--group-size: {spec.id} cannot put several environments in one situation; leave it out")
     if is_batch_env and vectorization != "sync":

@@ -12,7 +12,7 @@ from mujoco.batch import Batch
 
 from envs.ballbot_depth import BALL_RADIUS, CODE, FAR, DepthCameras, FrozenEncoder
 from envs.ballbot_terrain import POINTS, SPACING, heights
-from envs.batch_env import SPLITS, BatchEnv, SingleEnv
+from envs.batch_env import SPLITS, BatchEnv, SingleEnv, cpu_threads
 from envs.disturbances import Disturbances, Float, Int, delayed
 from envs.render import RobotRenderer
 
@@ -160,7 +160,7 @@ class Ballbot(BatchEnv):
             and wheel speeds (10 rad/s).
         sensor_bias: standard deviation of their constant error in an episode. These five may be ranges (low, high),
             from which each episode draws a value.
-        threads: CPU threads of the simulator; the result does not depend on it.
+        threads: CPU threads of the simulator, by default one per core; the result does not depend on it.
 
     Raises:
         ValueError: max_episode_steps or action_repeat is out of range.
@@ -189,7 +189,7 @@ class Ballbot(BatchEnv):
         motor_delay: Int = 0,
         sensor_noise: Float = 0.0,
         sensor_bias: Float = 0.0,
-        threads: int = 1,
+        threads: int | None = None,
     ):
         if not 1 <= max_episode_steps <= LONGEST:
             raise ValueError(f"max_episode_steps must be from 1 to {LONGEST}, not {max_episode_steps}")
@@ -207,7 +207,7 @@ class Ballbot(BatchEnv):
 
         self.elevation = terrain_height if self.uneven else 0.0
         self.models = take_models(self.elevation, num_envs)  # one per environment: a model has one height field
-        self.batch = Batch(self.models[0], num_envs, threads)
+        self.batch = Batch(self.models[0], num_envs, threads or cpu_threads(num_envs))
         self.batch.set_models(self.models)
         self.qpos, self.qvel, self.torque = (self.batch.bind(field) for field in ("qpos", "qvel", "ctrl"))
         ranges = {"mass": mass, "motor_gain": motor_gain, "motor_delay": motor_delay}
@@ -287,7 +287,7 @@ class Ballbot(BatchEnv):
         for _ in range(self.action_repeat):
             if self.torques.shape[1] > 1:
                 self.torque[:] = delayed(self.torques, torque, self.disturbances["motor_delay"])
-            self.batch.step()
+            self.batch.step(self.running)
             self.qpos[:, DRIVES] = 0  # see the asset
             going, upright = ~fallen, self._upright() > self.lowest
             forward = self.qvel[:, VELOCITY][:, :2] @ GOAL

@@ -1,6 +1,7 @@
 """Base class of the bundled vector environments, their single-environment view, and a wrapper for Gymnasium's own."""
 
 import multiprocessing
+import os
 import signal
 from copy import deepcopy
 from typing import Any, ClassVar
@@ -27,6 +28,12 @@ def env_seeds(seed: int | list, num_envs: int) -> list:
     if len(seeds) != num_envs:
         raise ValueError(f"{len(seeds)} seeds for {num_envs} environments")
     return seeds
+
+
+def cpu_threads(num_envs: int) -> int:
+    """One thread per CPU core or environment, whichever are fewer, and at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, num_envs, 8)
 
 
 class BatchEnv(gym.vector.VectorEnv):
@@ -80,6 +87,8 @@ class BatchEnv(gym.vector.VectorEnv):
         self.action_repeat = 1  # steps of the task per call of step() ...
         self.steps_made: int | Array = 1  # ... and how many the last call made, which may differ between environments
         self.limit: int | Array = max_episode_steps  # a subclass may give each environment its own, (N,)
+        self.autoreset = True  # evaluations set it to False, reset with a mask, and leave the last ones that end alone
+        self.ended = np.zeros(num_envs, bool)  # without autoreset: waiting for a reset
         self.num_episodes: int | None = None  # with training=False: number of episodes of the split, None if unlimited
         self.training, self.split, self.render_mode = training, split, render_mode
         self.single_observation_space, self.single_action_space = observation_space, action_space
@@ -102,6 +111,7 @@ class BatchEnv(gym.vector.VectorEnv):
             seeds = env_seeds(seed, self.num_envs)
             for i in indices:
                 self.rngs[i] = np.random.default_rng(seed_sequence(seeds[i], self.split))
+        self.ended[indices] = False
         self._begin(indices)
         return self.observe(np.arange(self.num_envs)), {}
 
@@ -125,16 +135,21 @@ class BatchEnv(gym.vector.VectorEnv):
             info = {"final_obs": deepcopy(obs), "episode": episode, **metrics}
             info |= {f"_{name}": done for name in info}
             indices = np.flatnonzero(done) if isinstance(done, np.ndarray) else done.nonzero().flatten()
-            self._begin(indices)
-            new_obs = self.observe(indices)
-            if isinstance(obs, dict):
-                for name, x in obs.items():
+            if self.autoreset:
+                self._begin(indices)
+                new_obs = self.observe(indices)
+                for name, x in obs.items() if isinstance(obs, dict) else [(..., obs)]:
                     x[indices] = new_obs[name]
             else:
-                obs[indices] = new_obs
+                self.ended |= torch.as_tensor(done).cpu().numpy()
         if self.render_mode == "human":
             self.render()
         return obs, reward, terminated, truncated, info
+
+    @property
+    def running(self) -> np.ndarray | None:
+        """The environments that a simulator has to step; None for all."""
+        return np.flatnonzero(~self.ended) if self.ended.any() else None
 
     def _begin(self, indices: Array) -> None:
         self.episode_return[indices], self.episode_length[indices] = 0, 0
@@ -228,6 +243,7 @@ class GymVec(gym.vector.VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.obs = create_empty_array(self.single_observation_space, num_envs)  # the current observations
         self.split, self.steps, self.seed = split, 0, 0
+        self.autoreset, self.ended = True, np.zeros(num_envs, bool)  # as in a BatchEnv
         self.episode_return, self.episode_length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
 
     def reset(self, *, seed: int | list | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -239,7 +255,7 @@ class GymVec(gym.vector.VectorEnv):
             self.seed = seed if np.isscalar(seed) else 0
             sequences = [seed_sequence(s, self.split) for s in env_seeds(seed, self.num_envs)]
             seeds = [int(s.generate_state(1)[0]) for s in sequences]
-        self.episode_return[mask], self.episode_length[mask] = 0, 0
+        self.episode_return[mask], self.episode_length[mask], self.ended[mask] = 0, 0, False
         self._reset_envs(mask, seeds, options or None)
         return self.obs.copy(), {}
 
@@ -262,7 +278,10 @@ class GymVec(gym.vector.VectorEnv):
                 info["is_success"] = np.array([successes.get(i, False) for i in range(self.num_envs)])
                 info["_is_success"] = done & known
             self.episode_return[done], self.episode_length[done] = 0, 0
-            self._reset_ended(done)
+            if self.autoreset:
+                self._reset_ended(done)
+            else:
+                self.ended |= done
         return self.obs.copy(), reward, terminated, truncated, info
 
     def _step_envs(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, bool]]:
@@ -270,8 +289,8 @@ class GymVec(gym.vector.VectorEnv):
         truncations and {index: success}."""
         reward, successes = np.zeros(self.num_envs), {}
         terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
-        for i, env in enumerate(self.envs):
-            self.obs[i], reward[i], terminated[i], truncated[i], env_info = env.step(actions[i])
+        for i in np.flatnonzero(~self.ended):
+            self.obs[i], reward[i], terminated[i], truncated[i], env_info = self.envs[i].step(actions[i])
             if "is_success" in env_info:
                 successes[i] = bool(env_info["is_success"])
         return reward, terminated, truncated, successes

@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from envs import UserError, check_flat_box, constructor_parameters, make_vec
+from envs import BUNDLED, UserError, check_flat_box, constructor_parameters, make_vec
 from envs.batch_env import MAX_FPS
 
 # A policy maps batched observations (N, ...) to actions (N, A). A policy with state also has reset(indices, envs),
 # called when episodes begin in these environments. A controller may name the env_kwargs that it requires.
 Policy = Callable[[Any], np.ndarray]
 
-EVAL_ENVS = 24  # environments that an evaluation steps together; more would idle while the last episodes end
+EVAL_ENVS = 100  # environments that an evaluation steps together at most
+EVAL_GYM_ENVS = 24  # fewer of Gymnasium's, which are stepped one after the other and may take long to make
 MAX_EPISODE_STEPS = 100_000
 ACTION_KWARGS = ("action_mode", "action_repeat")  # environment arguments that define what an action means
 OBS_KWARGS = ("grid_channels", "grid_size", "grid_resolution")  # and those that define what an observation means
@@ -87,6 +88,7 @@ def rollout(
     steps = np.zeros(envs.num_envs, int)
     results: dict[int, dict] = {}
     next_episode = first + envs.num_envs
+    envs.autoreset = False  # the next episode is one of the list
     obs, _ = envs.reset(seed=[[seed, int(i)] for i in running])
     if hasattr(policy, "reset"):
         policy.reset(np.arange(envs.num_envs), envs)
@@ -104,20 +106,21 @@ def rollout(
             raise UserError(f"an evaluation episode did not end within {MAX_EPISODE_STEPS:,} steps; {advice}")
         if not done.any():
             continue
+        done &= running < last
         for i in np.flatnonzero(done):
-            if running[i] < last:
-                results[int(running[i])] = episode_result(info, i)
-                if on_episode is not None:
-                    on_episode(int(running[i]), results[int(running[i])])
+            results[int(running[i])] = episode_result(info, i)
+            if on_episode is not None:
+                on_episode(int(running[i]), results[int(running[i])])
         if len(results) == episodes:
             return [results[i] for i in range(first, last)]
-        # Autoreset began random episodes in these environments; begin the next ones of the list instead
         running = running.copy()
         running[done] = next_episode + np.arange(done.sum())
         next_episode += done.sum()
-        obs, _ = envs.reset(seed=[[seed, int(i)] for i in running], options={"reset_mask": done})
-        if hasattr(policy, "reset"):
-            policy.reset(np.flatnonzero(done), envs)
+        begin = done & (running < last)
+        if begin.any():
+            obs, _ = envs.reset(seed=[[seed, int(i)] for i in running], options={"reset_mask": begin})
+            if hasattr(policy, "reset"):
+                policy.reset(np.flatnonzero(begin), envs)
 
 
 def episode_result(info: dict, i: int) -> dict:
@@ -130,6 +133,12 @@ def episode_result(info: dict, i: int) -> dict:
         if f"_{name}" in info and name not in ("final_obs", "episode", "is_success", "is_failure"):
             result[name] = info[name][i].item()
     return result
+
+
+def num_eval_envs(env_id: str, episodes: int) -> int:
+    """The number of environments to step together in so many episodes; 0 episodes are all."""
+    most = EVAL_ENVS if env_id in BUNDLED else EVAL_GYM_ENVS
+    return min(most, episodes or most)
 
 
 def make_eval_envs(args: Any, num_envs: int, split: str, **kwargs: Any) -> Any:
@@ -168,7 +177,7 @@ def evaluate(
     """
     render_mode = "rgb_array" if video else render_mode
     rendering = {} if render_mode is None else {"render_mode": render_mode}
-    num_envs = 1 if render_mode == "human" else min(EVAL_ENVS, args.eval_episodes or EVAL_ENVS)
+    num_envs = 1 if render_mode == "human" else num_eval_envs(args.env_id, args.eval_episodes)
     required = getattr(policy, "env_kwargs", {})
     envs = make_eval_envs(args, num_envs, split, **required, **rendering)
     try:

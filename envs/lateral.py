@@ -487,6 +487,7 @@ class LateralControl(BatchEnv):
 
     def advance(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         sim, every = self.sim, np.arange(self.num_envs)
+        sim.t[self.ended] -= 1  # cars that wait for a reset repeat their last step
         i, before = sim.t - FIRST, sim.lat[:, -1].copy()
         steer = steer_of(action[:, 0], self.known_steer[:, -1], self.road.v[sim.segment, sim.t], self.absolute)
         received = delayed(self.commands, steer[:, None], self.disturbances["steering_delay"])[:, 0]

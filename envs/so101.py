@@ -8,7 +8,7 @@ import mujoco
 import numpy as np
 from mujoco.batch import Batch
 
-from envs.batch_env import BatchEnv, SingleEnv
+from envs.batch_env import BatchEnv, SingleEnv, cpu_threads
 from envs.disturbances import Disturbances, Float, Int, delayed
 from envs.render import RobotRenderer
 
@@ -131,7 +131,7 @@ class SO101Paper(BatchEnv):
         position_noise: standard deviation of the observed positions of sheet and end effector, m.
         angle_noise: standard deviation of the observed joint positions and yaw of the sheet, rad. These five may be
             ranges (low, high), from which each episode draws a value.
-        threads: CPU threads of the simulator; the result does not depend on it.
+        threads: CPU threads of the simulator, by default one per core; the result does not depend on it.
 
     Raises:
         ValueError: frame_margin is not above 0.
@@ -158,7 +158,7 @@ class SO101Paper(BatchEnv):
         action_delay: Int = 0,
         position_noise: Float = 0.0,
         angle_noise: Float = 0.0,
-        threads: int = 1,
+        threads: int | None = None,
     ):
         if not frame_margin > 0:
             raise ValueError(f"frame_margin must be above 0 m, not {frame_margin}")
@@ -181,7 +181,7 @@ class SO101Paper(BatchEnv):
         self.fingertips = [self.model.geom(f"{finger}_fingertip").id for finger in ("fixed", "moving")]
         self.sag = self._gravity_torque(READY) / self.model.actuator_gainprm[:, 0]  # rad, of the links' own mass
 
-        self.batch = Batch(self.model, num_envs, threads)
+        self.batch = Batch(self.model, num_envs, threads or cpu_threads(num_envs))
         self.qpos, self.qvel, self.target = (self.batch.bind(field) for field in ("qpos", "qvel", "ctrl"))
         self.tip = self.batch.site("end_effector").xpos
         self.frictionloss, self.friction = self.batch.expand("dof_frictionloss"), self.batch.expand("geom_friction")
@@ -239,7 +239,7 @@ class SO101Paper(BatchEnv):
         target = np.clip(self.target + action, joints - LEASH, joints + LEASH)
         self.target[:] = np.clip(target, self.joint_low, self.joint_high)
         # stage: update the positions, which mj_step leaves one substep behind
-        self.batch.step(nstep=SUBSTEPS, stage=mujoco.mjtStage.mjSTAGE_POS)
+        self.batch.step(self.running, nstep=SUBSTEPS, stage=mujoco.mjtStage.mjSTAGE_POS)
         self._disturb(np.arange(self.num_envs))
 
         overhang = self._overhang()

@@ -138,7 +138,7 @@ def test_noise_perturbs_the_executed_action_alone():
 
 def test_an_expert_with_state_is_reset_and_episodes_do_not_depend_on_the_number_of_environments(monkeypatch):
     """Three episodes in two environments equal three with one environment and one controller each."""
-    monkeypatch.setattr(bc, "EVAL_ENVS", 2)
+    monkeypatch.setattr(bc.evaluation, "EVAL_ENVS", 2)
     dataset = collect("lateral", policy="feedforward", env_id="LateralControl-v0", episodes=3, action_noise=0.0)
     assert np.array_equal(dataset["action"], dataset["executed_action"])
     for i, steps in enumerate(episodes_of(dataset)):
