@@ -1,6 +1,6 @@
 """Ballbot-v0 and BallbotDepth-v0: a robot that balances on a ball and drives over uneven ground."""
 
-from functools import partial
+import functools
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -36,6 +36,8 @@ BASE_Z, BALL_Z = 2, 15
 VELOCITY, ANGULAR_VELOCITY, WHEELS = slice(0, 3), slice(3, 6), slice(6, 12, 2)  # in qvel
 OBS_HIGH = np.array([3.15] * 3 + [2] * 9 + [1] * 3 + [IMAGE_EVERY * TIMESTEP], np.float32)
 OBS_LOW = np.append(-OBS_HIGH[:-1], np.float32(0))
+
+cached_heights = functools.lru_cache(maxsize=128)(heights)  # evaluations use the same grounds again
 
 
 def rotation_vector(quaternion: np.ndarray) -> np.ndarray:
@@ -166,7 +168,7 @@ class Ballbot(BatchEnv):
         ValueError: max_episode_steps or action_repeat is out of range.
     """
 
-    controllers: ClassVar = {"pid": PID, "pid-drive": partial(PID, lean=DRIVING_LEAN)}
+    controllers: ClassVar = {"pid": PID, "pid-drive": functools.partial(PID, lean=DRIVING_LEAN)}
     measures: ClassVar = ("distance",)
 
     def __init__(
@@ -268,7 +270,7 @@ class Ballbot(BatchEnv):
 
     def _lay_ground(self, i: int) -> None:
         """Make the ground of environment i from its seed."""
-        field = heights(int(self.terrain_seed[i]))
+        field = (heights if self.training else cached_heights)(int(self.terrain_seed[i]))
         self.models[i].hfield_data[:] = field.ravel()
         self.ground[i] = self.elevation * field
         along_x, along_y = np.diff(self.ground[i], axis=1)[:-1], np.diff(self.ground[i], axis=0)[:, :-1]
