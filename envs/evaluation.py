@@ -240,17 +240,21 @@ def selection_key(evaluation: dict, metric: str = "auto") -> tuple[float, ...]:
     return (-value if metric in LOWER_IS_BETTER else value, *auto)
 
 
+def meets(values: dict[str, float], thresholds: dict[str, float]) -> bool:
+    """Whether metrics reach their thresholds. Those of which less is better must not exceed theirs."""
+    signs = {name: -1 if name in LOWER_IS_BETTER else 1 for name in thresholds}
+    return all(sign * values[name] >= sign * thresholds[name] for name, sign in signs.items())
+
+
 def converged_at(evaluations: list[dict], criterion: dict[str, float] | None) -> int | None:
     """Step of the first of three consecutive evaluations that meet a criterion such as {"success_rate": 0.9,
-    "failure_rate": 0.05}, or None. Metrics of which less is better must not exceed their threshold."""
+    "failure_rate": 0.05}, or None."""
     consecutive: list[int] = []
     for evaluation in evaluations if criterion else []:
         values = figures(evaluation)
         if missing := [name for name in criterion if name not in values]:
             raise UserError(f"{missing[0]} is not a metric of these evaluations; choose from {', '.join(values)}")
-        signs = {name: -1 if name in LOWER_IS_BETTER else 1 for name in criterion}
-        met = all(sign * values[name] >= sign * criterion[name] for name, sign in signs.items())
-        consecutive = [*consecutive, evaluation["step"]] if met else []
+        consecutive = [*consecutive, evaluation["step"]] if meets(values, criterion) else []
         if len(consecutive) == 3:
             return consecutive[0]
     return None

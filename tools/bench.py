@@ -3,10 +3,12 @@
     python tools/bench.py envs --env-id Ballbot-v0 --policy pid      environment steps/s, in batches and one by one
     python tools/bench.py ppo --env-id HalfCheetah-v5                training steps/s and Stable-Baselines3 (.[bench])
     python tools/bench.py ranks --num-envs 256                       social navigation in one process and under torchrun
+    python tools/bench.py speedrun --tasks so101                     seconds until a policy is good
     python tools/bench.py memory ppo_residual.py --minutes 30        resident memory of a training script
 
 `ppo` alternates the contenders on one CPU core and compares them round by round, because the speed of a shared machine
-changes within minutes. --json FILE appends the results with hardware, versions and commit.
+changes within minutes. `speedrun --beside DIR` does so with another checkout of this repository. --json FILE appends
+the results with hardware, versions and commit.
 """
 
 import csv
@@ -33,12 +35,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from envs import UserError, make_vec
 from envs.cli import one_line_errors
-from envs.evaluation import resolve_policy
-from envs.run import EnvKwargs, cpu_name, git_commit, to_json
+from envs.evaluation import figures, meets, resolve_policy
+from envs.run import EnvKwargs, cpu_name, git_commit, read_jsonl, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 3  # rollouts before a measurement
 SETTLING = 60.0  # seconds before memory is compared
+# {task: script and flags, and the metrics that an evaluation of 100 validation episodes must reach}
+SPEEDRUNS: dict[str, tuple[str, dict[str, float]]] = {
+    "so101": ("ppo_residual.py", {"success_rate": 0.95}),
+    "lateral": ("ppo_continuous.py", {"total_cost": 46.3}),  # 45 % of PID's 103
+    "ballbot": ("ppo_continuous.py --env-id Ballbot-v0 --eval-every 100000", {"mean_return": 86, "success_rate": 0.99}),
+    "socnav": ("ppo_grid_socnav.py --eval-every 250000", {"success_rate": 0.9}),
+    "halfcheetah": ("ppo_continuous.py --env-id HalfCheetah-v5 --eval-every 50000", {"mean_return": 3000}),
+}
 CONTENDERS = {"eager": [], "compile": ["--compile"], "sb3": []}
 
 
@@ -72,6 +82,13 @@ class Ranks(Common):
     ranks: tuple[int, ...] = (1, 2)  # numbers of processes, with one thread each
     rounds: int = 3  # rounds in which each number of processes trains once
     rollouts: int = 20  # rollouts per measurement
+
+
+@dataclass
+class Speedrun(Common):
+    tasks: tuple[str, ...] = tuple(SPEEDRUNS)  # tasks
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # seeds
+    beside: str | None = None  # another checkout, which takes turns
 
 
 @dataclass
@@ -205,6 +222,46 @@ def bench_ranks(args: Ranks) -> list[dict]:
     return ratios(rates, f"{args.ranks[0]} processes")
 
 
+def seconds_to_threshold(root: Path, command: list[str], thresholds: dict[str, float]) -> float:
+    """Wall time from the start of a script to its first evaluation that meets the thresholds; nan if none does."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "bench" / "evaluations.jsonl"
+        begin = time.monotonic()
+        with started(
+            [str(root / command[0]), *command[1:], "--run-root", folder, "--run-name", "bench"], folder
+        ) as run:
+            while run.poll() is None:
+                time.sleep(0.02)
+                if any(meets(figures(evaluation), thresholds) for evaluation in read_jsonl(log)):
+                    return time.monotonic() - begin
+            check_status(run, folder)
+    return float("nan")
+
+
+def bench_speedrun(args: Speedrun) -> list[dict]:
+    """Seconds until an evaluation of 100 validation episodes meets the threshold of a task, evaluations included."""
+    results = []
+    for task in args.tasks:
+        command, thresholds = SPEEDRUNS[task]
+        seconds: dict[Path, list[float]] = {root: [] for root in (ROOT, *([Path(args.beside)] if args.beside else []))}
+        for seed in args.seeds:
+            for root, values in seconds.items():
+                values.append(
+                    seconds_to_threshold(
+                        root, [*command.split(), "--eval-episodes", "100", "--seed", str(seed)], thresholds
+                    )
+                )
+                print(f"{task}, seed {seed}, {root}: {values[-1]:.1f} s", file=sys.stderr)
+        for root, values in seconds.items():
+            result = {
+                "task": task,
+                "thresholds": str(thresholds),
+                "checkout": git_commit() if root == ROOT else str(root),
+            }
+            results.append(result | {"median, s": float(np.median(values)), "all, s": [round(x, 1) for x in values]})
+    return results
+
+
 def resident(pid: int) -> float:
     """Resident memory of a process, MB, from /proc or else from ps."""
     status = Path(f"/proc/{pid}/status")
@@ -235,8 +292,8 @@ def bench_memory(args: Memory) -> list[dict]:
 
 
 def main() -> None:
-    commands = {"envs": Envs, "ppo": Ppo, "ranks": Ranks, "memory": Memory}
-    functions = {Envs: bench_envs, Ppo: bench_ppo, Ranks: bench_ranks, Memory: bench_memory}
+    commands = {"envs": Envs, "ppo": Ppo, "ranks": Ranks, "speedrun": Speedrun, "memory": Memory}
+    functions = {Envs: bench_envs, Ppo: bench_ppo, Ranks: bench_ranks, Speedrun: bench_speedrun, Memory: bench_memory}
     with one_line_errors():
         args = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
         results = functions[type(args)](args)
