@@ -1,6 +1,7 @@
 """tools/bench.py: ratios and rates by hand, and small measurements."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -37,6 +38,16 @@ def test_environments_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert min(first["steps/s"], second["steps/s"], second["loop steps/s"]) > 0
     assert first["hardware"]
     assert "| SO101Paper-v0 | 2 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_seconds_until_an_evaluation_meets_a_threshold(monkeypatch):
+    command = "ppo_residual.py --total-timesteps 4096 --eval-every 2048"
+    tasks = {"at once": (command, {"success_rate": 0}), "never": (command, {"success_rate": 2})}
+    monkeypatch.setattr(bench, "SPEEDRUNS", tasks)
+    at_once, never = bench.bench_speedrun(bench.Speedrun(tasks=("at once", "never"), seeds=(1,)))
+    assert 0 < at_once["median, s"] < 60
+    assert math.isnan(never["median, s"])
 
 
 @pytest.mark.slow
