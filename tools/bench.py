@@ -1,7 +1,7 @@
 """Measure speed and memory.
 
     python tools/bench.py envs --env-id Ballbot-v0 --policy pid      environment steps/s, in batches and one by one
-    python tools/bench.py ppo --env-id HalfCheetah-v5                training steps/s and Stable-Baselines3 (.[bench])
+    python tools/bench.py ppo --env-id HalfCheetah-v5                training steps/s, with Stable-Baselines3 (.[bench])
     python tools/bench.py ranks --num-envs 256                       social navigation in one process and under torchrun
     python tools/bench.py speedrun --tasks so101                     seconds until a policy is good
     python tools/bench.py memory ppo_residual.py --minutes 30        resident memory of a training script
@@ -49,7 +49,13 @@ SPEEDRUNS: dict[str, tuple[str, dict[str, float]]] = {
     "socnav": ("ppo_grid_socnav.py --eval-every 250000", {"success_rate": 0.9}),
     "halfcheetah": ("ppo_continuous.py --env-id HalfCheetah-v5 --eval-every 50000", {"mean_return": 3000}),
 }
-CONTENDERS = {"eager": [], "compile": ["--compile"], "sb3": []}
+CONTENDERS = {  # {name: script and flags}
+    "eager": ["ppo_continuous.py"],
+    "compile": ["ppo_continuous.py", "--compile"],
+    "sb3": ["tools/bench_sb3.py"],
+    "sbx": ["tools/bench_sb3.py", "--library", "sbx"],
+}
+PEERS = {"sb3": "stable_baselines3", "sbx": "sbx"}  # {contender: its package}
 
 
 @dataclass
@@ -71,7 +77,7 @@ class Envs(Common):
 @dataclass
 class Ppo(Common):
     env_id: str = "HalfCheetah-v5"  # environment
-    contenders: tuple[str, ...] = ("eager", "compile", "sb3")  # eager, compile, sb3
+    contenders: tuple[str, ...] = ("eager", "compile", "sb3")  # eager, compile, sb3, sbx; ratios to the last one
     rounds: int = 7  # rounds in which each contender trains once
     rollouts: int = 10  # rollouts per measurement
 
@@ -178,11 +184,11 @@ def ratios(rates: dict[str, list[float]], reference: str) -> list[dict]:
 
 
 def bench_ppo(args: Ppo) -> list[dict]:
-    """Training steps/s of ppo_continuous.py and of Stable-Baselines3 with the same settings, on one core."""
+    """Training steps/s of ppo_continuous.py, Stable-Baselines3 and SBX with the same settings, on one core."""
     if unknown := [name for name in args.contenders if name not in CONTENDERS]:
         raise UserError(f"--contenders {unknown[0]}: choose from {', '.join(CONTENDERS)}")
-    if "sb3" in args.contenders and find_spec("stable_baselines3") is None:
-        raise UserError("Stable-Baselines3 is not installed: pip install -e '.[bench]'")
+    if missing := [PEERS[name] for name in args.contenders if name in PEERS and find_spec(PEERS[name]) is None]:
+        raise UserError(f"{missing[0]} is not installed: pip install -e '.[bench]'")
     from ppo_continuous import Args
 
     if hasattr(os, "sched_setaffinity"):
@@ -191,8 +197,8 @@ def bench_ppo(args: Ppo) -> list[dict]:
     rates: dict[str, list[float]] = {name: [] for name in args.contenders}
     for _ in range(args.rounds):
         for name, values in rates.items():
-            script = ROOT / ("tools/bench_sb3.py" if name == "sb3" else "ppo_continuous.py")
-            command = [str(script), "--env-id", args.env_id, *CONTENDERS[name]]
+            script, *flags = CONTENDERS[name]
+            command = [str(ROOT / script), "--env-id", args.env_id, *flags]
             values.append(train_rate(command, args.rollouts, size))
             print(f"{name}: {values[-1]:,.0f} steps/s", file=sys.stderr)
     return ratios(rates, args.contenders[-1])

@@ -1,6 +1,8 @@
-"""Train with Stable-Baselines3 in a Gymnasium environment, with the settings and the progress.csv of ppo_continuous.py.
+"""Train with Stable-Baselines3 or SBX, its JAX version, in a Gymnasium environment, with the settings and the
+progress.csv of ppo_continuous.py.
 
     python tools/bench_sb3.py --env-id HalfCheetah-v5                  needs pip install -e ".[bench]"
+    python tools/bench_sb3.py --env-id HalfCheetah-v5 --library sbx
 
 Two differences remain: VecNormalize updates its statistics in every step instead of once per rollout, and with value
 clipping Stable-Baselines3 uses the clipped error instead of the larger one.
@@ -9,8 +11,9 @@ clipping Stable-Baselines3 uses the clipped error instead of the larger one.
 import csv
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from stable_baselines3 import PPO
@@ -23,6 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from envs import BUNDLED, UserError
 from envs.cli import one_line_errors, parse
 from ppo_continuous import Args
+
+
+@dataclass(kw_only=True)
+class PeerArgs(Args):
+    library: Literal["sb3", "sbx"] = "sb3"  # Stable-Baselines3 or SBX
 
 
 def sb3_settings(args: Args) -> dict[str, Any]:
@@ -82,7 +90,7 @@ class Progress(BaseCallback):
         self.writer.writerow([step, mean, step / (time.time() - self.begin)])
 
 
-def train_sb3(args: Args) -> PPO:
+def train_sb3(args: PeerArgs) -> Any:
     """Train as ppo_continuous.py would with these settings; progress.csv is written to the run directory."""
     if args.env_id in BUNDLED:
         raise UserError(f"{args.env_id}: Stable-Baselines3 trains in Gymnasium's environments, such as HalfCheetah-v5")
@@ -90,7 +98,10 @@ def train_sb3(args: Args) -> PPO:
     env = VecNormalize(env, norm_obs=args.norm_obs, norm_reward=args.norm_reward, gamma=args.gamma)
     folder = Path(args.run_root) / (args.run_name or f"sb3__{args.env_id}__seed{args.seed}")
     folder.mkdir(parents=True, exist_ok=True)
-    model = PPO("MlpPolicy", env, **sb3_settings(args))
+    algorithm = PPO
+    if args.library == "sbx":
+        from sbx import PPO as algorithm  # noqa: N811 (imports JAX)
+    model = algorithm("MlpPolicy", env, **sb3_settings(args))
     total = args.num_iterations * args.num_envs * args.num_steps
     model.learn(total, callback=Progress(folder / "progress.csv"))
     return model
@@ -101,4 +112,4 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     with one_line_errors():
-        train_sb3(parse(Args))
+        train_sb3(parse(PeerArgs))
