@@ -42,19 +42,19 @@ from envs.run import Run, RunArgs, compile_fn, load_agent, make_envs, policy_con
 class Args(RunArgs):  # RunArgs: run directory, evaluation, device, ...; steps_per_iteration, num_iterations
     env_id: str = "SO101Paper-v0"  # environment with flat Box observations and actions
     total_timesteps: Steps = 50_000  # total environment steps; with action repeat k, one action counts as k steps
-    num_envs: int = 8  # number of parallel environments
-    num_steps: int = 256  # rollout length per environment
+    num_envs: int = 64  # number of parallel environments
+    num_steps: int = 32  # rollout length per environment
 
     base_policy: str = "ik"  # zero, a controller of the environment, PATH.onnx, or blend:A:B:w for w A + (1 - w) B
-    alpha: float = 0.7  # factor on residual_scale; only their product has an effect
+    alpha: float = 1.0  # factor on residual_scale; only their product has an effect
     residual_scale: float = 0.02  # action (rad) per unit of residual at alpha = 1
     residual_penalty: float = 0.001  # cost of |clipped residual|^2 per action, in training only
 
-    learning_rate: float = 3e-4  # learning rate of Adam; usually 1e-4 to 1e-3
+    learning_rate: float = 1e-3  # learning rate of Adam; usually 1e-4 to 1e-3
     anneal_lr: bool = True  # decay the learning rate linearly to zero
     weight_decay: float = 0.0  # decoupled weight decay (AdamW); 0 is Adam
-    minibatch_size: int = 256  # transitions per gradient step; must divide num_envs * num_steps
-    update_epochs: int = 10  # passes over the rollout per update; usually 3 to 10
+    minibatch_size: int = 512  # transitions per gradient step; must divide num_envs * num_steps
+    update_epochs: int = 15  # passes over the rollout per update; usually 3 to 10
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
     clip_coef: float = 0.2  # clipping range of the probability ratio; usually 0.1 to 0.3
@@ -89,9 +89,9 @@ PRESETS: dict[str, dict] = {
     # Without a base policy the residual must move the arm by as much per step as a base would, and shorter episodes
     # give more start states. These settings were chosen on seeds 1 to 5.
     "zero": {
-        "env_kwargs": {"reach_weight": 60.0, "yaw_weight": 9.0, "success_reward": 3.0, "training_steps": 150},
-        "base_policy": "zero", "residual_scale": 0.04, "total_timesteps": 500_000, "num_envs": 32, "num_steps": 128,
-        "minibatch_size": 512, "learning_rate": 1e-3, "gamma": 0.98, "gae_lambda": 0.8, "eval_every": 50_000,
+        "env_kwargs": {"reach_weight": 60.0, "yaw_weight": 9.0, "success_reward": 3.0},
+        "base_policy": "zero", "alpha": 0.7, "residual_scale": 0.04, "total_timesteps": 500_000, "num_envs": 32,
+        "num_steps": 128, "update_epochs": 10, "gamma": 0.98, "gae_lambda": 0.8, "eval_every": 50_000,
         "checkpoint_every": 50_000,
     },
 }  # fmt: skip

@@ -124,7 +124,8 @@ class SO101Paper(BatchEnv):
         randomize: vary friction between episodes; the published task (training=False) always does.
         reach_weight, yaw_weight: in training only, weights in Phi.
         success_reward: in training only, instead of 10.
-        training_steps: in training only, the time limit. If most episodes fail, a shorter one gives more start states.
+        training_steps: in training only, the time limit. It is shorter than in the task, because early episodes fail
+            and shorter ones give more start states.
         paper_friction: factor on the friction between table and sheet, in addition to its variation.
         link_mass: factor on the masses and inertias of the links.
         action_delay: delay of actions in steps.
@@ -152,7 +153,7 @@ class SO101Paper(BatchEnv):
         reach_weight: float = 5.0,
         yaw_weight: float = 3.0,
         success_reward: float = SUCCESS_REWARD,
-        training_steps: int = MAX_EPISODE_STEPS,
+        training_steps: int = 150,
         paper_friction: Float = 1.0,
         link_mass: Float = 1.0,
         action_delay: Int = 0,

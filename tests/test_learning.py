@@ -85,8 +85,7 @@ def test_the_residual_brings_the_sheet_into_the_frame(tmp_path, seed):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_tight_frame_wants_short_training_episodes(tmp_path, seed):
     """10 mm a side, where the base alone fails on three of four starts."""
-    tight = {"frame_margin": 0.01, "training_steps": 150}
-    args = ppo.Args(seed=seed, env_kwargs=tight, run_root=str(tmp_path), checkpoint_every=0)
+    args = ppo.Args(seed=seed, env_kwargs={"frame_margin": 0.01}, run_root=str(tmp_path), checkpoint_every=0)
     result = evaluate_run(args, ppo, **UNSEEN)
     assert result["success_rate"] >= 0.8
     assert result["base"]["success_rate"] <= 0.35
