@@ -72,7 +72,7 @@ class Args(RunArgs):  # RunArgs: run directory, evaluation, device, ...; steps_p
     critic_warmup_updates: int = 0  # number of initial updates that train only the critic (for --pretrained)
     freeze_obs_stats: bool = False  # do not update the observation statistics loaded by --pretrained
 
-    eval_every: int = 10_000  # environment steps between evaluations on the validation split; 0 = only at the end
+    eval_every: int = 12_500  # environment steps between evaluations on the validation split; 0 = only at the end
     checkpoint_every: int = 10_000  # environment steps between checkpoints; 0 = none
 
     preset_key: ClassVar = "base_policy"  # setting that names the preset, without --preset
