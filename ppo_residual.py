@@ -78,12 +78,8 @@ class Args(RunArgs):  # RunArgs: run directory, evaluation, device, ...; steps_p
     preset_key: ClassVar = "base_policy"  # setting that names the preset, without --preset
 
 
-# The defaults are tuned for ik. Success rate over 300 validation episodes, mean and worst of seeds 1 to 8, of the
-# defaults and of single changes to them:
-#     defaults           .995   .977
-#     clip_vloss True    .942   .863
-#     norm_reward True   .988   .970
-#     init_log_std 0     .983   .907      noisy actions succeed where the mean action then fails
+# The defaults are tuned for ik; docs/results/so101.md lists what was tried. A larger init_log_std gives policies whose
+# noisy actions succeed where their mean action fails.
 # {name: values that replace the defaults above}. --base-policy X --help shows the result.
 PRESETS: dict[str, dict] = {
     # Without a base policy the residual must move the arm by as much per step as a base would, and shorter episodes

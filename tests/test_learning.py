@@ -75,7 +75,7 @@ UNSEEN = {"compare_base": True, "episodes": 200, "seed": 31}
 def test_the_residual_brings_the_sheet_into_the_frame(tmp_path, seed):
     """50,000 steps from the defaults: the base alone fails on four of ten starts, with the residual few are left."""
     result = evaluate_run(ppo.Args(seed=seed, run_root=str(tmp_path), checkpoint_every=0), ppo, **UNSEEN)
-    assert result["success_rate"] >= 0.9
+    assert result["success_rate"] >= 0.95
     assert 0.45 <= result["base"]["success_rate"] <= 0.65
     assert result["gain"]["gain"] >= 0.3
     assert result["metrics"]["yaw_error"] < result["base"]["metrics"]["yaw_error"]
@@ -83,7 +83,7 @@ def test_the_residual_brings_the_sheet_into_the_frame(tmp_path, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_tight_frame_wants_short_training_episodes(tmp_path, seed):
+def test_the_residual_works_in_a_tight_frame(tmp_path, seed):
     """10 mm a side, where the base alone fails on three of four starts."""
     args = ppo.Args(seed=seed, env_kwargs={"frame_margin": 0.01}, run_root=str(tmp_path), checkpoint_every=0)
     result = evaluate_run(args, ppo, **UNSEEN)
