@@ -107,9 +107,7 @@ def test_a_residual_run_is_an_expert():
         residual = agent.action_mean(torch.as_tensor(dataset["obs"])).clamp(-1, 1).numpy()
     envs = make_vec("SO101Paper-v0", 1)
     base, space = envs.controllers["ik"]()(dataset["obs"]), envs.single_action_space
-    np.testing.assert_allclose(
-        dataset["action"], np.clip(base + 0.02 * residual, space.low, space.high), atol=1e-6
-    )
+    np.testing.assert_allclose(dataset["action"], np.clip(base + 0.02 * residual, space.low, space.high), atol=1e-6)
     assert np.abs(dataset["action"] - base).max() > 1e-6
     assert dataset.env_id == "SO101Paper-v0"
     assert list(dataset.metadata["parents"]) == ["runs/arm/best.pt"]

@@ -45,7 +45,7 @@ SETTLING = 60.0  # seconds before memory is compared
 SPEEDRUNS: dict[str, tuple[str, dict[str, float]]] = {
     "so101": ("ppo_residual.py", {"success_rate": 0.95}),
     "lateral": ("ppo_continuous.py", {"total_cost": 46.3}),  # 45 % of PID's 103
-    "ballbot": ("ppo_continuous.py --env-id Ballbot-v0 --eval-every 100000", {"mean_return": 86, "success_rate": 0.99}),
+    "ballbot": ("ppo_continuous.py --env-id Ballbot-v0", {"mean_return": 86, "success_rate": 0.99}),
     "socnav": ("ppo_grid_socnav.py --eval-every 250000", {"success_rate": 0.9}),
     "halfcheetah": ("ppo_continuous.py --env-id HalfCheetah-v5 --eval-every 50000", {"mean_return": 3000}),
 }
