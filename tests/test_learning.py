@@ -53,8 +53,8 @@ def test_a_point_learns_to_come_home(script, home, tmp_path):
     if script is ppo:
         settings |= {"base_policy": "zero", "alpha": 1.0, "residual_scale": 0.1, "residual_penalty": 0.0}
     args = script.Args(
-        env_id=home, total_timesteps=8192, num_envs=8, num_steps=64, minibatch_size=64, update_epochs=5, learning_rate=3e-3,
-        eval_every=0, eval_episodes=200, checkpoint_every=0, run_root=str(tmp_path), **settings,
+        env_id=home, total_timesteps=8192, num_envs=8, num_steps=64, minibatch_size=64, update_epochs=5,
+        learning_rate=3e-3, eval_every=0, eval_episodes=200, checkpoint_every=0, run_root=str(tmp_path), **settings,
     )  # fmt: skip
     learned = script.train(args)["best"]["mean_return"]
     others = (evaluation.ZeroPolicy(1), straight_home)
