@@ -46,6 +46,9 @@ class BatchEnv(gym.vector.VectorEnv):
         observe(indices)  the observations of these environments: an array or a dict of arrays
         state()           {name: array} of everything that changes during a step; load_state_dict writes into the arrays
 
+    Evaluations switch `autoreset` off. Environments that have ended then wait for a reset, and advance() may leave them
+    alone (self.running) or step them on; their results are ignored.
+
     Arrays are NumPy arrays or, with `device`, torch tensors. Environments do not influence each other, so on the CPU
     environment i equals, bit for bit, a single one with the same seed and actions.
 
@@ -87,8 +90,7 @@ class BatchEnv(gym.vector.VectorEnv):
         self.action_repeat = 1  # steps of the task per call of step() ...
         self.steps_made: int | Array = 1  # ... and how many the last call made, which may differ between environments
         self.limit: int | Array = max_episode_steps  # a subclass may give each environment its own, (N,)
-        self.autoreset = True  # evaluations set it to False, reset with a mask, and leave the last ones that end alone
-        self.ended = np.zeros(num_envs, bool)  # without autoreset: waiting for a reset
+        self.autoreset, self.ended = True, np.zeros(num_envs, bool)  # ended: waiting for a reset
         self.num_episodes: int | None = None  # with training=False: number of episodes of the split, None if unlimited
         self.training, self.split, self.render_mode = training, split, render_mode
         self.single_observation_space, self.single_action_space = observation_space, action_space

@@ -377,6 +377,23 @@ def test_an_episode_does_not_depend_on_its_row(rows, episodes, seed):
     assert rollout(approach, Toy(rows), episodes, seed) == one_by_one(approach, episodes, seed)
 
 
+def test_an_evaluation_leaves_environments_alone_that_have_no_further_episode(monkeypatch):
+    """Three episodes of 200 steps in two environments; and a simulator is told which environments still run."""
+    steps, pendulum = [], gym.envs.classic_control.PendulumEnv
+    step = pendulum.step
+    monkeypatch.setattr(pendulum, "step", lambda self, action: steps.append(1) or step(self, action))
+    rollout(lambda obs: np.zeros((2, 1)), make_vec("Pendulum-v1", 2), 3, seed=0)
+    assert len(steps) == 600
+
+    running = []
+    vec = Toy(2)
+    monkeypatch.setattr(vec, "advance", lambda action: running.append(vec.running) or Toy.advance(vec, action))
+    lengths = [result["length"] for result in rollout(lambda obs: PUSH[:2], vec, 2, seed=0)]
+    assert lengths[0] < lengths[1] == LIMIT
+    assert running[: lengths[0]] == [None] * lengths[0]
+    assert [x.tolist() for x in running[lengths[0] :]] == [[1]] * (LIMIT - lengths[0])
+
+
 def test_the_best_policy_is_chosen_by_success_then_by_the_tasks_score_or_else_return():
     def result(success, mean_return, **metrics):
         return {"success_rate": success, "mean_return": mean_return, "metrics": metrics}
