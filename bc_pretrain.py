@@ -53,7 +53,7 @@ class CollectArgs:
     only_successes: bool = False  # keep only successful episodes
     action_noise: float = 0.0  # standard deviation of the noise as a fraction of half the action range; often 0.05-0.1
     dagger_policy: str | None = None  # DAgger: policy file or run that acts in every other environment
-    threads: int | None = None  # CPU threads of the bundled simulators; None = one per core, where that is faster
+    threads: int | None = None  # CPU threads of the bundled simulators; None = one per core with MuJoCo, else one
     run_root: str = "runs"  # parent directory of datasets/ and of all run directories
 
 

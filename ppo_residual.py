@@ -54,7 +54,7 @@ class Args(RunArgs):  # RunArgs: run directory, evaluation, device, ...; steps_p
     anneal_lr: bool = True  # decay the learning rate linearly to zero
     weight_decay: float = 0.0  # decoupled weight decay (AdamW); 0 is Adam
     minibatch_size: int = 512  # transitions per gradient step; must divide num_envs * num_steps
-    update_epochs: int = 15  # passes over the rollout per update; usually 3 to 10
+    update_epochs: int = 15  # passes over the rollout per update; usually 3 to 20
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
     clip_coef: float = 0.2  # clipping range of the probability ratio; usually 0.1 to 0.3
@@ -82,8 +82,8 @@ class Args(RunArgs):  # RunArgs: run directory, evaluation, device, ...; steps_p
 # noisy actions succeed where their mean action fails.
 # {name: values that replace the defaults above}. --base-policy X --help shows the result.
 PRESETS: dict[str, dict] = {
-    # Without a base policy the residual must move the arm by as much per step as a base would, and shorter episodes
-    # give more start states. These settings were chosen on seeds 1 to 5.
+    # Without a base policy the residual must move the arm by as much per step as a base would. These settings were
+    # chosen on seeds 1 to 5.
     "zero": {
         "env_kwargs": {"reach_weight": 60.0, "yaw_weight": 9.0, "success_reward": 3.0},
         "base_policy": "zero", "alpha": 0.7, "residual_scale": 0.04, "total_timesteps": 500_000, "num_envs": 32,

@@ -37,7 +37,7 @@ VELOCITY, ANGULAR_VELOCITY, WHEELS = slice(0, 3), slice(3, 6), slice(6, 12, 2)  
 OBS_HIGH = np.array([3.15] * 3 + [2] * 9 + [1] * 3 + [IMAGE_EVERY * TIMESTEP], np.float32)
 OBS_LOW = np.append(-OBS_HIGH[:-1], np.float32(0))
 
-cached_heights = functools.lru_cache(maxsize=128)(heights)  # evaluations use the same grounds again
+cached_heights = functools.lru_cache(maxsize=128)(heights)  # every evaluation uses the same grounds
 
 
 def rotation_vector(quaternion: np.ndarray) -> np.ndarray:

@@ -46,8 +46,8 @@ class BatchEnv(gym.vector.VectorEnv):
         observe(indices)  the observations of these environments: an array or a dict of arrays
         state()           {name: array} of everything that changes during a step; load_state_dict writes into the arrays
 
-    Evaluations switch `autoreset` off. Environments that have ended then wait for a reset, and advance() may leave them
-    alone (self.running) or step them on; their results are ignored.
+    Evaluations set `autoreset` to False. Environments whose episode has ended then wait for a reset. advance() may skip
+    them (see `running`); their results are ignored.
 
     Arrays are NumPy arrays or, with `device`, torch tensors. Environments do not influence each other, so on the CPU
     environment i equals, bit for bit, a single one with the same seed and actions.
@@ -90,7 +90,7 @@ class BatchEnv(gym.vector.VectorEnv):
         self.action_repeat = 1  # steps of the task per call of step() ...
         self.steps_made: int | Array = 1  # ... and how many the last call made, which may differ between environments
         self.limit: int | Array = max_episode_steps  # a subclass may give each environment its own, (N,)
-        self.autoreset, self.ended = True, np.zeros(num_envs, bool)  # ended: waiting for a reset
+        self.autoreset, self.ended = True, np.zeros(num_envs, bool)  # ended: waits for a reset
         self.num_episodes: int | None = None  # with training=False: number of episodes of the split, None if unlimited
         self.training, self.split, self.render_mode = training, split, render_mode
         self.single_observation_space, self.single_action_space = observation_space, action_space
@@ -140,8 +140,11 @@ class BatchEnv(gym.vector.VectorEnv):
             if self.autoreset:
                 self._begin(indices)
                 new_obs = self.observe(indices)
-                for name, x in obs.items() if isinstance(obs, dict) else [(..., obs)]:
-                    x[indices] = new_obs[name]
+                if isinstance(obs, dict):
+                    for name, x in obs.items():
+                        x[indices] = new_obs[name]
+                else:
+                    obs[indices] = new_obs
             else:
                 self.ended |= torch.as_tensor(done).cpu().numpy()
         if self.render_mode == "human":
@@ -150,7 +153,7 @@ class BatchEnv(gym.vector.VectorEnv):
 
     @property
     def running(self) -> np.ndarray | None:
-        """The environments that a simulator has to step; None for all."""
+        """Indices of the environments whose episode has not ended; None for all."""
         return np.flatnonzero(~self.ended) if self.ended.any() else None
 
     def _begin(self, indices: Array) -> None:

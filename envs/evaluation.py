@@ -106,7 +106,7 @@ def rollout(
             raise UserError(f"an evaluation episode did not end within {MAX_EPISODE_STEPS:,} steps; {advice}")
         if not done.any():
             continue
-        done &= running < last
+        done = done & (running < last)
         for i in np.flatnonzero(done):
             results[int(running[i])] = episode_result(info, i)
             if on_episode is not None:
@@ -136,7 +136,7 @@ def episode_result(info: dict, i: int) -> dict:
 
 
 def num_eval_envs(env_id: str, episodes: int) -> int:
-    """The number of environments to step together in so many episodes; 0 episodes are all."""
+    """Number of environments that evaluate this number of episodes together; 0 episodes means all."""
     most = EVAL_ENVS if env_id in BUNDLED else EVAL_GYM_ENVS
     return min(most, episodes or most)
 
@@ -241,7 +241,7 @@ def selection_key(evaluation: dict, metric: str = "auto") -> tuple[float, ...]:
 
 
 def meets(values: dict[str, float], thresholds: dict[str, float]) -> bool:
-    """Whether metrics reach their thresholds. Those of which less is better must not exceed theirs."""
+    """Whether metrics reach their thresholds; metrics in LOWER_IS_BETTER must not exceed theirs."""
     signs = {name: -1 if name in LOWER_IS_BETTER else 1 for name in thresholds}
     return all(sign * values[name] >= sign * thresholds[name] for name, sign in signs.items())
 

@@ -111,7 +111,7 @@ class BaseArgs:
     env_kwargs: EnvKwargs = field(default_factory=dict)  # keyword arguments for the environment, as KEY VALUE pairs
     eval_env_kwargs: EnvKwargs = field(default_factory=dict)  # for evaluation only, added to --env-kwargs
     seed: int = 1  # seed of the networks, the environments and the minibatch order
-    threads: int | None = None  # CPU threads of the bundled simulators; None = one per core, where that is faster
+    threads: int | None = None  # CPU threads of the bundled simulators; None = one per core with MuJoCo, else one
 
     eval_episodes: int = 100  # episodes per evaluation; 0 = all, if the environment has a fixed number
     eval_seed: int = 1  # seed of the evaluation episodes (train, validation and test use disjoint random streams)

@@ -377,7 +377,7 @@ def test_an_episode_does_not_depend_on_its_row(rows, episodes, seed):
     assert rollout(approach, Toy(rows), episodes, seed) == one_by_one(approach, episodes, seed)
 
 
-def test_an_evaluation_leaves_environments_alone_that_have_no_further_episode(monkeypatch):
+def test_an_evaluation_does_not_step_environments_that_have_finished(monkeypatch):
     """Three episodes of 200 steps in two environments; and a simulator is told which environments still run."""
     steps, pendulum = [], gym.envs.classic_control.PendulumEnv
     step = pendulum.step

@@ -98,9 +98,9 @@ def train_sb3(args: PeerArgs) -> Any:
     env = VecNormalize(env, norm_obs=args.norm_obs, norm_reward=args.norm_reward, gamma=args.gamma)
     folder = Path(args.run_root) / (args.run_name or f"sb3__{args.env_id}__seed{args.seed}")
     folder.mkdir(parents=True, exist_ok=True)
-    algorithm = PPO
     if args.library == "sbx":
-        from sbx import PPO as algorithm  # noqa: N811 (imports JAX)
+        import sbx  # imports JAX
+    algorithm = sbx.PPO if args.library == "sbx" else PPO
     model = algorithm("MlpPolicy", env, **sb3_settings(args))
     total = args.num_iterations * args.num_envs * args.num_steps
     model.learn(total, callback=Progress(folder / "progress.csv"))

@@ -43,7 +43,7 @@ class Args:
     snqi_baseline: str | None = None  # SocNavGrid-v0: write medians and 95th percentiles of the SNQI here
     video: str | None = None  # record the first episode in this file, .mp4 or .gif
     render: Literal["human"] | None = None  # show the episodes in a window
-    threads: int | None = None  # CPU threads of the bundled simulators; None = one per core, where that is faster
+    threads: int | None = None  # CPU threads of the bundled simulators; None = one per core with MuJoCo, else one
 
 
 def check(args: Args) -> None:

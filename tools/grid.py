@@ -12,7 +12,7 @@ The TOML file:
     [args]                               # settings of all runs
     total_timesteps = 50_000
 
-    [variants]                           # settings that differ; the first variant is the reference
+    [variants]                           # they replace those of [args]; the first variant is the reference
     "defaults" = {}
     "no observation normalization" = { norm_obs = false }
 
