@@ -1,5 +1,6 @@
 """tools/grid.py, once from end to end, and its table."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import grid
 
 from envs import UserError
+from envs.cli import parse
+from envs.evaluation import read_json
 
 GRID = """
 script = "ppo_residual"
@@ -32,6 +35,20 @@ env_kwargs = { frame_margin = 0.1 }
 def result(successes):
     episodes = [{"success": bool(x), "return": float(x)} for x in successes]
     return {"success_rate": sum(successes) / len(successes), "per_episode": episodes}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "tools" / "grids").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_the_settings_of_a_grid_are_those_of_its_runs(path):
+    """As flags they are parsed to the same values."""
+    content = read_json(path)
+    for variant in content["variants"].values():
+        settings = {**content.get("args", {}), **variant}
+        args = parse(importlib.import_module(content["script"]).Args, grid.flags(settings))
+        for name, value in settings.items():
+            parsed = getattr(args, name)
+            assert {**parsed, **value} == parsed if isinstance(value, dict) else parsed == value
 
 
 def test_table_by_hand():

@@ -51,11 +51,12 @@ def flags(settings: dict) -> list[str]:
     """Settings as command-line flags."""
     words = []
     for name, value in settings.items():
-        words.append(flag(name))
-        if isinstance(value, dict):
-            words += [str(word) for pair in value.items() for word in pair]
+        if isinstance(value, bool):
+            words.append(flag(name if value else f"no_{name}"))
+        elif isinstance(value, dict):
+            words += [flag(name), *(str(word) for pair in value.items() for word in pair)]
         else:
-            words += [str(x) for x in (value if isinstance(value, list) else [value])]
+            words += [flag(name), *(str(x) for x in (value if isinstance(value, list) else [value]))]
     return words
 
 
